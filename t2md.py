@@ -1,0 +1,753 @@
+"""T2MD: Diffusion Transformer-to-Mamba Distillation (Yao et al.), model and losses in one file.
+
+The method in six lines. A diffusion transformer (the teacher, PixArt-alpha) predicts the noise in a
+latent image. The student is the same backbone in which most self-attention layers are replaced by
+bidirectional Mamba-2 layers, whose cost is linear in the number of image tokens. First each Mamba layer
+alone learns to imitate the attention layer it replaces, fed with the teacher's activations (forcing); then
+all token mixers learn together from the teacher's noise and features (kd); then the whole student is adapted
+to a new positional embedding, VAE and text encoder and fine-tuned at ever higher resolution (train.py).
+
+Every network here predicts the noise epsilon. Every squared norm is a MEAN over elements.
+
+Glossary                 code                    paper / Mamba-2
+  noisy latent           hidden_states, z_t      z_t                (B, C, H*p, W*p), p = patch_size
+  tokens                 h                       h                  (B, L, d), L = H*W, row by row
+  caption features       encoder_hidden_states   tau                (B, T, caption_width)
+  teacher, student       teacher, student        theta', theta
+  mixer n                blocks[n].mixer         SA^(n) or MA^(n)
+  state size             d_state                 N
+  head width, heads      head_dim, n_heads       P, H
+  decay, step            A, dt                   A, Delta
+
+Sections: 1 frozen components (VAE, TextEncoder) - 2 positional embeddings - 3 the state space recurrence
+(ssd_recurrence, ssd) - 4 token mixers - 5 the backbone (T2MD) - 6 losses, equations 6 to 11.
+"""
+
+import json
+import math
+import os
+import sys
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+from transformers import AutoTokenizer, T5EncoderModel
+
+# ----------------------------------------------------------------------------------------------------------
+# 1. Frozen components
+# ----------------------------------------------------------------------------------------------------------
+
+
+def load_part(cls, path, subfolder, **kwargs):
+    """`cls.from_pretrained` on a pipeline's `subfolder`, or on `path` itself where there is no such part.
+
+    Local folders never touch the network; anything else is taken for a Hugging Face repository.
+    Raises FileNotFoundError, in one sentence, if neither place holds what `cls` needs.
+    """
+    try:
+        if os.path.isdir(path):
+            inside = os.path.join(path, subfolder)
+            return cls.from_pretrained(inside if os.path.isdir(inside) else path, **kwargs)
+        try:
+            return cls.from_pretrained(path, subfolder=subfolder, **kwargs)
+        except OSError:
+            return cls.from_pretrained(path, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(f"no {subfolder.replace('_', ' ')} could be loaded from {path!r}: {reason}") from error
+
+
+class VAE:
+    """A frozen AutoencoderKL (SD1.5's, SDXL's or a small one), in the latent units the denoiser works in.
+
+    Agrees with diffusers' pipelines: latents are multiplied by the VAE's own `scaling_factor` (and shifted
+    by its `shift_factor` where it has one); neither is ever a literal here.
+
+    Args:
+        path_or_repo: a folder or repository with the VAE, or a whole pipeline that has one under `vae/`.
+    Attributes:
+        factor: image pixels per latent pixel, along one side.  channels: latent channels.
+    Raises FileNotFoundError if there is no VAE at `path_or_repo`.
+    """
+
+    def __init__(self, path_or_repo, device="cpu", dtype=torch.float32):
+        self.model = load_part(AutoencoderKL, path_or_repo, "vae", torch_dtype=dtype).to(device).eval().requires_grad_(False)
+        config = self.model.config
+        self.factor = 2 ** (len(config.block_out_channels) - 1)
+        self.channels = config.latent_channels
+        self.scale, self.shift = config.scaling_factor, config.shift_factor or 0.0
+
+    @torch.no_grad()
+    def moments(self, images):
+        """Images in [-1, 1], (B, 3, h, w) -> mean and standard deviation of q(z|x), each (B, C, h/f, w/f)."""
+        q = self.model.encode(images.to(self.model.device, self.model.dtype)).latent_dist
+        return (q.mean.float() - self.shift) * self.scale, q.std.float() * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents, tile=1024):
+        """Latents (B, C, h/f, w/f) -> images in [-1, 1], (B, 3, h, w).
+
+        A side longer than `tile` pixels is decoded in overlapping, blended tiles (diffusers' tiled decode),
+        so that memory does not grow with the image; smaller tiles leave seams in flat skies.
+        """
+        self.model.use_tiling = max(latents.shape[-2:]) * self.factor > tile
+        self.model.tile_sample_min_size, self.model.tile_latent_min_size = tile, tile // self.factor
+        latents = (latents / self.scale + self.shift).to(self.model.device, self.model.dtype)
+        return self.model.decode(latents).sample.float().clamp(-1, 1)
+
+
+class TextEncoder:
+    """A frozen T5 encoder with its tokenizer.
+
+    Args:
+        path_or_repo: a folder or repository with both, or a pipeline with `text_encoder/` and `tokenizer/`.
+        max_length: tokens kept of a caption (PixArt-alpha: 120); what is longer is truncated, and said.
+    Raises FileNotFoundError if there is no T5 encoder or tokenizer at `path_or_repo`.
+    """
+
+    def __init__(self, path_or_repo, max_length=120, device="cpu", dtype=torch.float32):
+        self.tokenizer = load_part(AutoTokenizer, path_or_repo, "tokenizer")
+        self.model = load_part(T5EncoderModel, path_or_repo, "text_encoder", dtype=dtype)
+        self.model = self.model.to(device).eval().requires_grad_(False)
+        self.max_length, self.width = max_length, self.model.config.d_model
+
+    @torch.no_grad()
+    def __call__(self, captions):
+        """List of B captions -> features (B, T, width) and mask (B, T), 1 where there is a token, T <= max_length.
+
+        T is the longest caption's length: what pads it to 120 in diffusers' pipeline is masked there anyway.
+        """
+        tokens = self.tokenizer(list(captions), padding="longest", truncation=False, return_tensors="pt")
+        if tokens.input_ids.shape[1] > self.max_length:
+            print(f"a prompt of {tokens.input_ids.shape[1]} tokens was truncated to the {self.max_length} the text encoder takes", file=sys.stderr)
+            tokens = self.tokenizer(list(captions), padding="longest", truncation=True, max_length=self.max_length, return_tensors="pt")
+        tokens = tokens.to(self.model.device)
+        features = self.model(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        return features, tokens.attention_mask
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 2. Positional embeddings: 2-D sine-cosine, half the channels for x, half for y
+# ----------------------------------------------------------------------------------------------------------
+
+
+def sincos(positions, channels):
+    """Positions (n,) -> (n, channels): sines then cosines at frequencies 10000^(-2k/channels)."""
+    frequencies = 10000 ** (-torch.arange(channels // 2, dtype=torch.float64) / (channels / 2))
+    angles = torch.outer(positions.double().cpu(), frequencies)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def grid_embedding(y, x, width):
+    """Coordinates y (H,) and x (W,) -> embedding (H*W, width), row by row; x takes the first half."""
+    H, W = len(y), len(x)
+    ex = sincos(x, width // 2)[None].expand(H, W, -1)
+    ey = sincos(y, width // 2)[:, None].expand(H, W, -1)
+    return torch.cat([ex, ey], dim=-1).reshape(H * W, width)
+
+
+def pixart_coordinates(H, W, base, interpolation_scale):
+    """The teacher's index grid: an axis of n tokens runs from 0 towards base / interpolation_scale.
+
+    Must agree with diffusers' `PatchEmbed`. base is the token side of the trained resolution.
+    """
+    axis = lambda n: torch.arange(n, dtype=torch.float32) / (n / base) / interpolation_scale
+    return axis(H), axis(W)
+
+
+def centered_coordinates(H, W, base, interpolation_scale):
+    """The student's embedding after adaptation: token i of n sits at (i - (n-1)/2) / max(H, W), centred.
+
+    The long edge spans the same interval at any size, so a larger image is a denser sampling of known
+    coordinates: this is what zero-shot 4K rests on. The factor base / interpolation_scale (our choice)
+    gives neighbours at the trained resolution the distance that they had for the teacher.
+    """
+    axis = lambda n: (torch.arange(n, dtype=torch.float64) - (n - 1) / 2) / max(H, W) * base / interpolation_scale
+    return axis(H), axis(W)
+
+
+COORDINATES = {"pixart": pixart_coordinates, "centered": centered_coordinates}
+
+
+@lru_cache(maxsize=16)
+def position_embedding(kind, H, W, width, base, interpolation_scale, device, dtype):
+    """(H*W, width); depends on the grid only, so it is computed once per size and never stored."""
+    return grid_embedding(*COORDINATES[kind](H, W, base, interpolation_scale), width).float().to(device, dtype)
+
+
+def sinusoid(values, channels=256):
+    """Times (B,) -> (B, channels): cosines then sines, as diffusers' `Timesteps(flip_sin_to_cos=True)`."""
+    frequencies = torch.exp(-math.log(10000) * torch.arange(channels // 2, device=values.device) / (channels // 2))
+    angles = values[:, None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3. The state space recurrence
+# ----------------------------------------------------------------------------------------------------------
+
+
+def ssd_recurrence(x, dt, A, B, C, D=None):
+    """The definition, token by token (equation 4 in Mamba-2's form, head by head):
+
+        state_t = exp(dt_t A) state_{t-1} + dt_t B_t x_t^T        state: (n, p)
+        y_t     = C_t^T state_t + D x_t
+
+    x (b, l, h, p), dt (b, l, h) positive, A (h,) negative, B and C (b, l, g, n) with h a multiple of g,
+    D (h,) -> y (b, l, h, p). Head k uses group k // (h / g).
+    """
+    b, l, h, p = x.shape
+    B, C = (m.repeat_interleave(h // m.shape[2], dim=2) for m in (B, C))  # (b, l, h, n)
+    state = x.new_zeros(b, h, B.shape[-1], p)
+    y = []
+    for t in range(l):
+        decay = (dt[:, t] * A).exp()[..., None, None]
+        state = decay * state + (dt[:, t, :, None] * B[:, t])[..., None] * x[:, t, :, None]
+        y.append((C[:, t, :, None] @ state).squeeze(2))
+    y = torch.stack(y, dim=1)
+    return y if D is None else y + D[:, None] * x
+
+
+def ssd(x, dt, A, B, C, chunk_size, D=None):
+    """The same map in chunks: state space duality. Shapes and argument order of mamba-ssm's
+    `mamba_chunk_scan_combined`; equals `ssd_recurrence`.
+
+    Write s_i for the running sum of dt A inside a chunk. Unrolling the recurrence from the chunk's start,
+
+        y_i = sum_{j <= i} (C_i . B_j) exp(s_i - s_j) dt_j x_j  +  exp(s_i) C_i^T state_in
+        state_out = exp(s_last) state_in + sum_j exp(s_last - s_j) dt_j B_j x_j^T
+
+    so inside a chunk it is causal attention without a softmax, and between chunks a short recurrence.
+    Every exponent is <= 0, so strong decay underflows to zero and nothing overflows. Decay sums are kept in
+    float32 (or float64), whatever the dtype of x. Memory: one chunk's (chunk, chunk) matrices at a time.
+    """
+    b, l, h, p = x.shape
+    g, n = B.shape[2:]
+    r = h // g  # heads that share one B and C
+    precise = torch.promote_types(x.dtype, torch.float32)
+    dt = dt.to(precise)
+    decay = (dt * A.to(precise)).transpose(1, 2)  # (b, h, l)
+    u = (x * dt[..., None].to(x.dtype)).transpose(1, 2)  # dt_j x_j, (b, h, l, p)
+    B, C = B.transpose(1, 2), C.transpose(1, 2)  # (b, g, l, n)
+    state, outputs = None, []
+    for start in range(0, l, chunk_size):
+        chunk = slice(start, min(start + chunk_size, l))
+        Bc, Cc, uc = B[:, :, chunk], C[:, :, chunk], u[:, :, chunk]
+        s = decay[:, :, chunk].cumsum(-1)  # (b, h, c)
+        c = s.shape[-1]
+        future = torch.ones(c, c, dtype=torch.bool, device=x.device).triu(1)
+        L = (s[..., :, None] - s[..., None, :]).masked_fill(future, -torch.inf).exp()  # (b, h, c, c)
+        G = Cc @ Bc.transpose(-1, -2)  # (b, g, c, c): once per group, not per head
+        y = ((G[:, :, None] * L.view(b, g, r, c, c)).to(x.dtype).reshape(b, h, c, c)) @ uc  # (b, h, c, p)
+        if state is not None:  # (b, g, n, r*p): the heads of a group side by side, one product for all
+            carried = (Cc @ state.to(x.dtype)).view(b, g, c, r, p).transpose(2, 3).reshape(b, h, c, p)
+            y = y + s.exp()[..., None].to(x.dtype) * carried
+        outputs.append(y)
+        if chunk.stop < l:
+            to_end = (s[..., -1:] - s).exp()[..., None].to(x.dtype) * uc  # (b, h, c, p)
+            to_end = to_end.view(b, g, r, c, p).transpose(2, 3).reshape(b, g, c, r * p)
+            added = (Bc.transpose(-1, -2) @ to_end).to(precise)  # (b, g, n, r*p)
+            if state is not None:
+                added = added + state * s[..., -1].exp().view(b, g, 1, r, 1).expand(b, g, 1, r, p).reshape(b, g, 1, r * p)
+            state = added
+    y = torch.cat(outputs, dim=2).transpose(1, 2)  # (b, l, h, p)
+    return y if D is None else y + D.to(x.dtype)[:, None] * x
+
+
+@lru_cache(maxsize=None)
+def fast_kernels(device_type):
+    """(mamba-ssm's chunk scan or None, flash-attn's attention or None) for a device; both are optional.
+
+    mamba-ssm (https://github.com/state-spaces/mamba) and flash-attn have CUDA kernels only. Says once, on
+    stderr, which path is taken.
+    """
+    scan = attention = None
+    if device_type == "cuda":
+        try:
+            from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as scan
+        except ImportError:
+            pass
+        try:
+            from flash_attn import flash_attn_func as attention
+        except ImportError:
+            pass
+    print(f"t2md on {device_type}: scan by {'mamba-ssm' if scan else 'plain PyTorch'}, "
+          f"attention by {'flash-attn' if attention else 'PyTorch SDPA'}", file=sys.stderr)
+    return scan, attention
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 4. Token mixers
+# ----------------------------------------------------------------------------------------------------------
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm(y * SiLU(z)) with a learned weight; computed in float32. mamba-ssm's `RMSNormGated`."""
+
+    def __init__(self, width, eps=1e-5):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, y, z):
+        precise = torch.promote_types(y.dtype, torch.float32)
+        v = y.to(precise) * F.silu(z.to(precise))
+        v = v * torch.rsqrt(v.pow(2).mean(-1, keepdim=True) + self.eps)
+        return v.to(y.dtype) * self.weight.to(y.dtype)
+
+
+class Mamba2(nn.Module):
+    """The Mamba-2 layer over a sequence, u (b, l, d) -> (b, l, d), causal.
+
+    Parameter names and shapes are mamba-ssm's `Mamba2` (and, but for `dt_bias` and friends' order,
+    transformers' `Mamba2Mixer`), so that weights move between them unchanged.
+
+    Args: width d; d_state N; expand (inner width = expand * d); head_dim P; d_conv; n_groups; chunk_size.
+    Raises ValueError if the inner width is no multiple of head_dim or the heads no multiple of n_groups.
+    """
+
+    def __init__(self, width, d_state=256, expand=2, head_dim=64, d_conv=4, n_groups=1, chunk_size=256):
+        super().__init__()
+        inner = expand * width
+        if inner % head_dim or (inner // head_dim) % n_groups:
+            raise ValueError(f"expand * width = {inner} must be whole heads of {head_dim}, a multiple of n_groups = {n_groups}")
+        self.d_state, self.head_dim, self.n_groups, self.chunk_size = d_state, head_dim, n_groups, chunk_size
+        self.n_heads = inner // head_dim
+        conv_width = inner + 2 * n_groups * d_state
+        self.split_sizes = [inner, conv_width, self.n_heads]  # z | x B C | dt
+        self.in_proj = nn.Linear(width, sum(self.split_sizes), bias=False)
+        self.conv1d = nn.Conv1d(conv_width, conv_width, d_conv, groups=conv_width, padding=d_conv - 1)
+        self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
+        self.A_log = nn.Parameter(torch.empty(self.n_heads))
+        self.D = nn.Parameter(torch.empty(self.n_heads))
+        self.norm = GatedRMSNorm(inner)
+        self.out_proj = nn.Linear(inner, width, bias=False)
+        self.reset_recurrence()
+
+    @torch.no_grad()
+    def reset_recurrence(self, dt_min=1e-3, dt_max=0.1, A_range=(1, 16)):
+        """mamba-ssm's initialisation: step log-uniform in [dt_min, dt_max], A uniform in A_range, D one."""
+        dt = torch.exp(torch.rand(self.n_heads) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min))
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+        self.A_log.copy_(torch.empty(self.n_heads).uniform_(*A_range).log())
+        self.D.fill_(1.0)
+
+    def scan(self, xBC, dt):
+        """Convolution and recurrence: xBC (b, l, conv_width), dt (b, l, n_heads) -> y (b, l, inner)."""
+        b, l, _ = xBC.shape
+        xBC = F.silu(self.conv1d(xBC.transpose(1, 2))[..., :l].transpose(1, 2))  # causal: keep the first l
+        x, B, C = xBC.split([xBC.shape[-1] - 2 * self.n_groups * self.d_state] + [self.n_groups * self.d_state] * 2, dim=-1)
+        precise = torch.promote_types(dt.dtype, torch.float32)
+        dt = F.softplus(dt.to(precise) + self.dt_bias.to(precise))
+        A = -self.A_log.to(precise).exp()
+        x = x.reshape(b, l, self.n_heads, self.head_dim)
+        B, C = (m.reshape(b, l, self.n_groups, self.d_state) for m in (B, C))
+        kernel, _ = fast_kernels(x.device.type)
+        if kernel is not None and x.dtype != torch.float64:
+            y = kernel(x, dt, A, B, C, self.chunk_size, D=self.D)
+        else:  # a CPU's caches hold a chunk of 64; the result does not depend on it
+            y = ssd(x, dt, A, B, C, self.chunk_size if x.is_cuda else min(self.chunk_size, 64), D=self.D)
+        return y.reshape(b, l, -1)
+
+    def forward(self, u):
+        z, xBC, dt = self.in_proj(u).split(self.split_sizes, dim=-1)
+        return self.out_proj(self.norm(self.scan(xBC, dt), z))
+
+
+class MambaMixer(nn.Module):
+    """Mamba-2 over the raster of an image, tokens (B, H*W, d) -> (B, H*W, d).
+
+    direction: `W` rows and `H` columns, each read both ways with the SAME weights and fused by a linear
+    layer (`fuse`) on the sum of the two (paper 3.3; sum instead of concatenation is our choice, it gives the
+    paper's 0.7B); `>` `<` `v` `^` one way only: rows forward, backward, columns downward, upward.
+    """
+
+    def __init__(self, direction, width, **mamba):
+        super().__init__()
+        self.columns, self.backward, self.both = direction in "Hv^", direction in "<^", direction in "HW"
+        self.mamba = Mamba2(width, **mamba)
+        self.fuse = nn.Linear(width, width) if self.both else nn.Identity()
+
+    def forward(self, x, grid):
+        (H, W), m = grid, self.mamba
+        if self.columns:
+            x = x.unflatten(1, (H, W)).transpose(1, 2).flatten(1, 2)
+        # in_proj, norm, out_proj and fuse see one token at a time and so commute with the reversal:
+        # only convolution and recurrence run per direction, as one doubled batch.
+        z, xBC, dt = m.in_proj(x).split(m.split_sizes, dim=-1)
+        if self.both:
+            xBC, dt = torch.cat([xBC, xBC.flip(1)]), torch.cat([dt, dt.flip(1)])
+            forward, backward = m.scan(xBC, dt).chunk(2)
+            y = m.norm(forward, z) + m.norm(backward.flip(1), z)
+        elif self.backward:
+            y = m.norm(m.scan(xBC.flip(1), dt.flip(1)).flip(1), z)
+        else:
+            y = m.norm(m.scan(xBC, dt), z)
+        y = self.fuse(m.out_proj(y))
+        return y.unflatten(1, (W, H)).transpose(1, 2).flatten(1, 2) if self.columns else y
+
+
+def attention(q, k, v, heads, mask=None):
+    """Multi-head softmax attention: q (B, L, d), k and v (B, T, d), mask broadcastable to (B, heads, L, T)."""
+    q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q, k, v))  # (B, L, heads, d/heads)
+    _, flash = fast_kernels(q.device.type)
+    if flash is not None and mask is None and q.dtype in (torch.float16, torch.bfloat16):
+        return flash(q, k, v).flatten(2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+class Attention(nn.Module):
+    """Self-attention (mixer `S`) or, given text, cross-attention; diffusers' `Attention` with its names."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x, grid=None, text=None, mask=None):
+        source = x if text is None else text
+        return self.to_out[0](attention(self.to_q(x), self.to_k(source), self.to_v(source), self.heads, mask))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 5. The backbone
+# ----------------------------------------------------------------------------------------------------------
+
+
+class MLP(nn.Module):
+    """Linear, GELU(tanh), Linear."""
+
+    def __init__(self, width_in, hidden, width_out):
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(width_in, hidden), nn.Linear(hidden, width_out)
+
+    def forward(self, x):
+        return self.linear_2(F.gelu(self.linear_1(x), approximate="tanh"))
+
+
+class TimestepEmbedder(nn.Module):
+    """A number per image, (B,) -> (B, width): sinusoid, Linear, SiLU, Linear."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(256, width), nn.Linear(width, width)
+
+    def forward(self, values):
+        return self.linear_2(F.silu(self.linear_1(sinusoid(values).to(self.linear_1.weight.dtype))))
+
+
+def modulate(h, shift, scale):
+    """adaLN: LN(h) * (1 + scale) + shift, with shift and scale (B, 1, d)."""
+    return F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+class Block(nn.Module):
+    """One PixArt block around any token mixer (Fig. 2):
+
+        h = h + gate1 * Mixer(LN(h) * (1 + scale1) + shift1)
+        h = h + CrossAttention(h, text)
+        h = h + gate2 * MLP(LN(h) * (1 + scale2) + shift2)
+    """
+
+    def __init__(self, letter, width, heads, mlp_ratio, mamba):
+        super().__init__()
+        self.mixer = Attention(width, heads) if letter == "S" else MambaMixer(letter, width, **mamba)
+        self.cross_attention = Attention(width, heads)
+        self.mlp = MLP(width, mlp_ratio * width, width)
+        self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
+
+    def forward(self, h, time, text, mask, grid):
+        """h (B, L, d), time (B, 6, d), text (B, T, d) -> new h, and the mixer's input and output, all (B, L, d)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + time).chunk(6, dim=1)  # (B, 1, d)
+        mixer_input = modulate(h, shift1, scale1)
+        mixer_output = self.mixer(mixer_input, grid)
+        h = h + gate1 * mixer_output
+        h = h + self.cross_attention(h, text=text, mask=mask)
+        h = h + gate2 * self.mlp(modulate(h, shift2, scale2))
+        return h, mixer_input, mixer_output
+
+
+class T2MD(ModelMixin, ConfigMixin):
+    """Teacher and student: a PixArt-alpha backbone whose block n mixes tokens by the letter `pattern[n]`.
+
+    `S` self-attention, `H` / `W` bidirectional Mamba-2 over columns / rows, `>` `<` `v` `^` one direction.
+    The paper's student is "SHWHWHW" * 4, its teacher "S" * 28. Given the same weights, an all-`S` model gives
+    the output of diffusers' `PixArtTransformer2DModel`. Works at any H x W that patch_size divides.
+
+    Args:
+        pattern: one letter a block.  width, heads, mlp_ratio: as in DiT.
+        patch_size, in_channels, out_channels: latent pixels a token covers, latent channels in, channels out
+            (PixArt-alpha has 8: noise and variance).
+        caption_width: width of the text encoder's features.
+        d_state, expand, head_dim, d_conv, n_groups, chunk_size: Mamba-2's (N, expansion, P, ...).
+        pos_embed: "centered" (any size, zero-shot resolution) or "pixart" (the teacher's index grid).
+        sample_size: latent side of the base resolution (64 -> 512 px with an 8x VAE).
+        interpolation_scale: of the index grid; diffusers' default, max(sample_size // 64, 1), if None.
+        use_additional_conditions: PixArt 1024's size and aspect embeddings; True at sample_size 128 if None.
+        beta_schedule: "linear" (teacher) or "scaled_linear" (quadratic, after adaptation), for the sampler.
+        vae, text_encoder: what it was trained with: folder (relative to the checkpoint's own) or repository.
+    Raises ValueError for an unknown letter, embedding or schedule, or for widths that do not divide.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+
+    @register_to_config
+    def __init__(self, pattern="SHWHWHW" * 4, width=1152, heads=16, mlp_ratio=4, patch_size=2, in_channels=4,
+                 out_channels=4, caption_width=4096, d_state=256, expand=2, head_dim=64, d_conv=4, n_groups=1,
+                 chunk_size=256, pos_embed="centered", sample_size=64, interpolation_scale=None,
+                 use_additional_conditions=None, beta_schedule="linear", vae=None, text_encoder=None):
+        super().__init__()
+        if not pattern or set(pattern) - set("SHW><v^"):
+            raise ValueError(f"pattern {pattern!r} must be made of the letters S H W > < v ^, one for each block")
+        if pos_embed not in COORDINATES or beta_schedule not in ("linear", "scaled_linear"):
+            raise ValueError(f"unknown pos_embed {pos_embed!r} or beta_schedule {beta_schedule!r}")
+        if width % heads or width % 4:
+            raise ValueError(f"width {width} must be a multiple of heads = {heads} and of 4")
+        self.base = sample_size // patch_size  # tokens along a side at the base resolution
+        self.interpolation_scale = interpolation_scale or max(sample_size // 64, 1)
+        self.conditioned_on_size = sample_size == 128 if use_additional_conditions is None else use_additional_conditions
+        self.gradient_checkpointing = False
+        mamba = dict(d_state=d_state, expand=expand, head_dim=head_dim, d_conv=d_conv, n_groups=n_groups, chunk_size=chunk_size)
+
+        self.patch_embed = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
+        self.caption_projection = MLP(caption_width, width, width)
+        self.timestep_embedder = TimestepEmbedder(width)
+        if self.conditioned_on_size:
+            self.resolution_embedder = TimestepEmbedder(width // 3)
+            self.aspect_ratio_embedder = TimestepEmbedder(width // 3)
+        self.adaln_single = nn.Linear(width, 6 * width)
+        self.blocks = nn.ModuleList(Block(letter, width, heads, mlp_ratio, mamba) for letter in pattern)
+        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
+        self.proj_out = nn.Linear(width, patch_size**2 * out_channels)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """DiT's and PixArt's initialisation, for training from scratch; a checkpoint overwrites all of it.
+
+        Linear layers Xavier, embeddings of time and caption N(0, 0.02^2); cross-attention and the output
+        layer start at zero. Mamba's dt_bias, A_log, D and convolution keep what `Mamba2` gave them.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))
+        for embedder in (self.timestep_embedder, self.caption_projection):
+            nn.init.normal_(embedder.linear_1.weight, std=0.02)
+            nn.init.normal_(embedder.linear_2.weight, std=0.02)
+        nn.init.normal_(self.adaln_single.weight, std=0.02)
+        for block in self.blocks:
+            nn.init.zeros_(block.cross_attention.to_out[0].weight)
+        nn.init.zeros_(self.proj_out.weight)
+
+    def project_text(self, encoder_hidden_states, mask=None):
+        """Caption features (B, T, caption_width) and mask -> text (B, T, width) and an attention mask or None.
+
+        mask: (B, T), 1 = token, 0 = padding; or diffusers' bias (B, 1, T), 0 = keep, -10000 = discard.
+        """
+        text = self.caption_projection(encoder_hidden_states)
+        if mask is not None:
+            mask = mask[:, None, None].bool() if mask.ndim == 2 else mask[:, None].to(text.dtype)
+        return text, mask
+
+    def embed_time(self, timestep, batch, added_cond_kwargs=None):
+        """Timesteps (B,) or scalar, and size conditions -> embedding (B, width) and adaLN input (B, 6, width)."""
+        device = self.scale_shift_table.device
+        timestep = torch.as_tensor(timestep, device=device).expand(batch)
+        embedded = self.timestep_embedder(timestep)
+        if self.conditioned_on_size:
+            if not added_cond_kwargs or added_cond_kwargs.get("resolution") is None:
+                raise ValueError("this model is conditioned on size: added_cond_kwargs needs `resolution` (B, 2) and `aspect_ratio` (B, 1)")
+            resolution = self.resolution_embedder(added_cond_kwargs["resolution"].flatten()).reshape(batch, -1)
+            aspect = self.aspect_ratio_embedder(added_cond_kwargs["aspect_ratio"].flatten()).reshape(batch, -1)
+            embedded = embedded + torch.cat([resolution, aspect], dim=1)
+        return embedded, self.adaln_single(F.silu(embedded)).unflatten(1, (6, -1))
+
+    def forward(self, hidden_states, encoder_hidden_states, timestep, added_cond_kwargs=None,
+                encoder_attention_mask=None, return_dict=True, visit=None):
+        """Predict the noise; the signature of diffusers' PixArtTransformer2DModel.
+
+        Args:
+            hidden_states: noisy latents (B, in_channels, h, w), h and w multiples of patch_size.
+            encoder_hidden_states: caption features (B, T, caption_width); encoder_attention_mask (B, T).
+            timestep: (B,) or a scalar, in [0, 1000).
+            added_cond_kwargs: {"resolution": (B, 2) pixels, "aspect_ratio": (B, 1)} for PixArt-1024 weights.
+            visit: what distillation needs: called as visit(n, mixer_input, mixer_output), each (B, L, width),
+                when block n has run.
+        Returns Transformer2DModelOutput with `sample` (B, out_channels, h, w), or a 1-tuple.
+        Raises ValueError if patch_size does not divide h and w, or size conditions are missing.
+        """
+        config, p = self.config, self.config.patch_size
+        batch, _, height, width = hidden_states.shape
+        if height % p or width % p:
+            raise ValueError(f"latents of {height} x {width} cannot be cut into patches of {p} x {p}")
+        grid = H, W = height // p, width // p
+
+        h = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)  # (B, L, d)
+        h = h + position_embedding(config.pos_embed, H, W, config.width, self.base, self.interpolation_scale, h.device, h.dtype)
+        embedded, time = self.embed_time(timestep, batch, added_cond_kwargs)
+        text, mask = self.project_text(encoder_hidden_states, encoder_attention_mask)
+
+        for n, block in enumerate(self.blocks):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                h, mixer_input, mixer_output = self._gradient_checkpointing_func(block, h, time, text, mask, grid)
+            else:
+                h, mixer_input, mixer_output = block(h, time, text, mask, grid)
+            if visit is not None:
+                visit(n, mixer_input, mixer_output)
+
+        shift, scale = (self.scale_shift_table + embedded[:, None]).chunk(2, dim=1)  # (B, 1, d)
+        h = self.proj_out(modulate(h, shift, scale))  # (B, L, p*p*c)
+        h = h.view(batch, H, W, p, p, config.out_channels)
+        sample = torch.einsum("nhwpqc->nchpwq", h).reshape(batch, config.out_channels, height, width)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    # -- weights from a teacher ----------------------------------------------------------------------------
+
+    # diffusers' name -> ours, for whatever is not the same
+    PIXART_NAMES = (("transformer_blocks.", "blocks."), (".attn1.", ".mixer."), (".attn2.", ".cross_attention."),
+                    (".ff.net.0.proj.", ".mlp.linear_1."), (".ff.net.2.", ".mlp.linear_2."),
+                    ("pos_embed.proj.", "patch_embed."), ("adaln_single.linear.", "adaln_single."), ("adaln_single.emb.", ""))
+
+    @classmethod
+    def from_pixart(cls, path_or_repo, pattern=None, **overrides):
+        """A student (or the teacher itself) from PixArt weights.
+
+        path_or_repo: a diffusers PixArt transformer, a pipeline that has one, or a T2MD checkpoint.
+        pattern: "S" * n, or None, is the teacher itself; in other patterns every non-mixer weight and every
+            `S` mixer is copied bit for bit and the Mamba mixers are fresh. Such a student predicts noise only
+            (out_channels = in_channels): of the teacher's output layer it takes the noise half.
+        overrides: any argument of T2MD, e.g. pos_embed="centered".
+        Raises FileNotFoundError if there are no such weights, ValueError if the pattern's length is another.
+        """
+        config, state = read_weights(path_or_repo)
+        if config["_class_name"] == "T2MD":
+            ours = {k: v for k, v in config.items() if not k.startswith("_")}
+        else:
+            ours = pixart_config(config)
+            for theirs, name in cls.PIXART_NAMES:
+                state = {k.replace(theirs, name): v for k, v in state.items()}
+            state.pop("pos_embed.pos_embed", None)  # computed, not learned
+        teacher_pattern, teacher_channels = ours["pattern"], ours["out_channels"]
+        pattern = pattern or teacher_pattern
+        if len(pattern) != len(teacher_pattern):
+            raise ValueError(f"pattern {pattern!r} has {len(pattern)} letters, but {path_or_repo} has {len(teacher_pattern)} blocks")
+        if pattern != teacher_pattern:
+            ours["out_channels"] = ours["in_channels"]
+        model = cls(**{**ours, "pattern": pattern, **overrides})
+        keep = model.config.out_channels
+        for name in ("proj_out.weight", "proj_out.bias"):  # rows are (p, p, channel); the first channels are the noise
+            state[name] = state[name].unflatten(0, (-1, teacher_channels))[:, :keep].flatten(0, 1)
+        kept = {n for n, (a, b) in enumerate(zip(pattern, teacher_pattern)) if a == b}
+        fresh = lambda name: name.startswith("blocks.") and ".mixer." in name and int(name.split(".")[1]) not in kept
+        missing, unexpected = model.load_state_dict({k: v for k, v in state.items() if not fresh(k)}, strict=False)
+        wrong = [k for k in missing if not fresh(k)] + list(unexpected)
+        if wrong:
+            raise ValueError(f"{path_or_repo} does not fit its own config: {wrong[0]} is missing or superfluous")
+        return model
+
+
+def pixart_config(config):
+    """A diffusers PixArtTransformer2DModel config -> the arguments of the T2MD that computes the same."""
+    heads = config["num_attention_heads"]
+    return dict(pattern="S" * config["num_layers"], width=heads * config["attention_head_dim"], heads=heads,
+                patch_size=config["patch_size"], in_channels=config["in_channels"],
+                out_channels=config["out_channels"] or config["in_channels"], caption_width=config["caption_channels"],
+                sample_size=config["sample_size"], interpolation_scale=config.get("interpolation_scale"),
+                use_additional_conditions=config.get("use_additional_conditions"), pos_embed="pixart")
+
+
+def read_weights(path_or_repo):
+    """(config dict, state dict) of a PixArt transformer or T2MD folder or repository, in one or several safetensors."""
+    from diffusers import PixArtTransformer2DModel
+
+    if os.path.isdir(path_or_repo):
+        inside = os.path.join(path_or_repo, "transformer")
+        folder = inside if os.path.isdir(inside) else path_or_repo
+        try:
+            with open(os.path.join(folder, "config.json")) as file:
+                ours = json.load(file).get("_class_name") == "T2MD"
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(f"{folder} holds no readable model: {error}") from error
+    else:
+        ours = False
+    model = load_part(T2MD if ours else PixArtTransformer2DModel, path_or_repo, "transformer")
+    return {"_class_name": type(model).__name__, **model.config}, model.state_dict()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 6. Losses. z_t (B, C, h, w); every loss is a scalar, a mean over elements
+# ----------------------------------------------------------------------------------------------------------
+
+
+def predict_noise(model, z_t, t, text, mask, visit=None, **conditions):
+    """epsilon(z_t, t, tau), (B, C, h, w); of a model with learned variance, the noise half."""
+    return model(z_t, text, t, encoder_attention_mask=mask, visit=visit, added_cond_kwargs=conditions or None,
+                 return_dict=False)[0][:, : z_t.shape[1]]
+
+
+def mean_square(a, b):
+    """|| a - b ||^2 as used everywhere here: the mean over elements, in float32 at least."""
+    return F.mse_loss(a.to(torch.promote_types(a.dtype, torch.float32)), b.to(torch.promote_types(b.dtype, torch.float32)))
+
+
+def forcing_loss(student, teacher, z_t, t, text, mask, backward=None, **conditions):
+    """Equation 6, layer-level teacher forcing: sum over Mamba blocks n of ||Mamba_n(h'_n) - SA'_n(h'_n)||^2.
+
+    h'_n is the TEACHER's input to its n-th mixer, fed to both. The terms share nothing, so `backward` (for
+    instance `torch.Tensor.backward`), if given, is called on each as soon as the teacher has passed that
+    block: gradients are those of the sum, memory that of one layer. The value returned is then detached.
+    """
+    patch = student.config.patch_size
+    grid = (z_t.shape[2] // patch, z_t.shape[3] // patch)
+    terms = []
+
+    def visit(n, mixer_input, mixer_output):
+        if student.config.pattern[n] == "S":
+            return
+        with torch.enable_grad():
+            term = mean_square(student.blocks[n].mixer(mixer_input.detach(), grid), mixer_output.detach())
+        if backward is not None:
+            backward(term)
+            term = term.detach()
+        terms.append(term)
+
+    with torch.no_grad():
+        predict_noise(teacher, z_t, t, text, mask, visit, **conditions)
+    return sum(terms)
+
+
+def mse_loss(noise, student_noise):
+    """Equation 8, the diffusion loss: ||eps - eps_theta(z_t, t, tau)||^2."""
+    return mean_square(student_noise, noise)
+
+
+def soft_loss(teacher_noise, student_noise):
+    """Equation 9 (the paper's pseudo loss): ||eps_theta'(z_t, t, tau) - eps_theta(z_t, t, tau)||^2."""
+    return mean_square(student_noise, teacher_noise)
+
+
+def mixer_loss(teacher_mixers, student_mixers):
+    """Equation 10: 1/N sum over all N blocks of ||mixer output of theta' - of theta||^2, each on its OWN h."""
+    return sum(mean_square(s, t) for s, t in zip(student_mixers, teacher_mixers, strict=True)) / len(student_mixers)
+
+
+def kd_loss(student, teacher, z_t, t, text, mask, noise, soft_weight=0.5, mixer_weight=0.2, **conditions):
+    """Equation 11: L_mse + 0.5 L_soft + 0.2 L_mixer -> (loss, {"mse", "soft", "mixer"} detached)."""
+    teacher_mixers, student_mixers = [], []
+    with torch.no_grad():
+        teacher_noise = predict_noise(teacher, z_t, t, text, mask, lambda n, x, y: teacher_mixers.append(y), **conditions)
+    student_noise = predict_noise(student, z_t, t, text, mask, lambda n, x, y: student_mixers.append(y), **conditions)
+    terms = dict(mse=mse_loss(noise, student_noise), soft=soft_loss(teacher_noise, student_noise),
+                 mixer=mixer_loss(teacher_mixers, student_mixers))
+    loss = terms["mse"] + soft_weight * terms["soft"] + mixer_weight * terms["mixer"]
+    return loss, {name: term.detach() for name, term in terms.items()}
