@@ -19,9 +19,11 @@ from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
 from t2md import T2MD, VAE, TextEncoder, predict_noise
 
+transformers_logging.disable_progress_bar()  # its bars for loading weights drown ours
 HERE = os.path.dirname(os.path.abspath(__file__))
 SHIPPED = os.path.join(HERE, "assets", "student")
 
@@ -36,10 +38,8 @@ def load_denoiser(path_or_repo, device="cpu", dtype=torch.float32, **overrides):
     overrides replace entries of its config, e.g. pos_embed="centered".
     Raises FileNotFoundError if there is none or it is half-written, ValueError if its config does not fit.
     """
-    if os.path.isdir(os.path.dirname(path_or_repo) or ".") and not os.path.isdir(path_or_repo) and path_or_repo.count("/") != 1:
-        raise FileNotFoundError(f"there is no model folder {path_or_repo!r}")
     model = T2MD.from_pixart(path_or_repo, **overrides)
-    return model.to(device, dtype).eval().requires_grad_(False)
+    return torch.nn.Module.to(model, device, dtype).eval().requires_grad_(False)  # diffusers' own `to` warns of modules that it does not have
 
 
 def component_path(checkpoint, reference):
@@ -51,6 +51,12 @@ def component_path(checkpoint, reference):
         return checkpoint
     beside = os.path.normpath(os.path.join(checkpoint, reference))
     return beside if os.path.isdir(beside) else reference
+
+
+def load_parts(model, folder, device="cpu"):
+    """The frozen (VAE, TextEncoder) that the config of the checkpoint in `folder` names."""
+    vae = VAE(component_path(folder, model.config.vae), device)
+    return vae, TextEncoder(component_path(folder, model.config.text_encoder), device=device)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -117,3 +123,139 @@ def generate(model, vae, text_encoder, prompts, size, seeds, steps=20, guidance=
     latents = torch.cat([noise_for(seed, vae.channels, h, w) for seed in seeds])
     text, unconditional = text_encoder(prompts), text_encoder([negative] * len(prompts))
     return to_images(vae.decode(denoise(model, text, unconditional, latents, steps, guidance, vae.factor, progress)))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3. Files: nothing that exists is ever overwritten
+# ----------------------------------------------------------------------------------------------------------
+
+
+def parse_size(text, multiple):
+    """"2048" or "3840x2160" (width x height, pixels) -> (width, height), each rounded to a multiple, and said.
+
+    Raises ValueError if it is no such size or not positive.
+    """
+    match = re.fullmatch(r"(-?\d+)(?:x(-?\d+))?", text.strip().lower())
+    size = match and (int(match[1]), int(match[2] or match[1]))
+    if not size or min(size) <= 0:
+        raise ValueError(f"--size {text} is no size: give positive pixels, as 2048 or 3840x2160 (width x height)")
+    rounded = tuple(max(multiple, round(side / multiple) * multiple) for side in size)
+    if rounded != size:
+        print(f"--size {text} is rounded to {rounded[0]}x{rounded[1]}: both sides must be multiples of {multiple}", file=sys.stderr)
+    return rounded
+
+
+def read_prompts(path):
+    """A .txt with one prompt a line, or GenEval's evaluation_metadata.jsonl -> list of records with a "prompt".
+
+    Raises ValueError, with the line's number, for what is not readable or has no prompt.
+    """
+    records = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line) if path.endswith(".jsonl") else {"prompt": line.strip()}
+                if not record["prompt"].strip():
+                    raise KeyError
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ValueError(f"{path}, line {number}, has no prompt: a .jsonl needs one JSON object a line with a \"prompt\"") from None
+            records.append(record)
+    if not records:
+        raise ValueError(f"{path} holds no prompts")
+    return records
+
+
+def save_png(image, path, **settings):
+    """Write `image` under a temporary name, then rename it; its settings go into the PNG's text fields."""
+    info = PngInfo()
+    for name, value in settings.items():
+        info.add_itxt(name, str(value))
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    temporary = path + ".tmp"
+    try:
+        image.save(temporary, format="PNG", pnginfo=info)
+        os.link(temporary, path)  # unlike a rename, fails where the name is taken
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def free_path(folder, prompt, seed):
+    """folder/the-prompt-seed.png, or with -1, -2, ... where that name is taken."""
+    stem = f"{re.sub(r'[^a-z0-9]+', '-', prompt.lower()).strip('-')[:60] or 'image'}-{seed}"
+    paths = (os.path.join(folder, stem + suffix + ".png") for suffix in ("", *(f"-{k}" for k in range(1, 1_000_000))))
+    return next(path for path in paths if not os.path.exists(path))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 4. Command line
+# ----------------------------------------------------------------------------------------------------------
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Sample images from a T2MD checkpoint.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("prompt", nargs="?", help="what to draw")
+    parser.add_argument("--prompts", help="a .txt with a prompt a line, or GenEval's metadata .jsonl: writes GenEval's folder layout, skips what is there")
+    parser.add_argument("--model", default=SHIPPED, help="a T2MD checkpoint, or a diffusers PixArt folder or repository")
+    parser.add_argument("--size", help="pixels, 2048 or 3840x2160 (width x height); the model's base size if not given")
+    parser.add_argument("--n", type=int, default=1, help="images for each prompt, from seeds seed, seed + 1, ...")
+    parser.add_argument("--seed", type=int, default=0, help="of the first image's noise")
+    parser.add_argument("--steps", type=int, default=20, help="of DPM-Solver++")
+    parser.add_argument("--guidance", type=float, default=4.5, help="classifier-free guidance; 1 switches it off")
+    parser.add_argument("--negative", default="", help="prompt of the unconditional branch")
+    parser.add_argument("--out", default="samples", help="folder for the images")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the denoiser")
+    args = parser.parse_args()
+    if (args.prompts is None) == (args.prompt is None):
+        parser.error("give one prompt, or a file with --prompts")
+    if args.prompt is not None and not args.prompt.strip():
+        parser.error("the prompt is empty")
+    if args.n < 1 or args.steps < 1:
+        parser.error("--n and --steps must be at least 1")
+    return args
+
+
+def main():
+    args = parse_arguments()
+    try:
+        run(args)
+    except (OSError, ValueError) as error:
+        sys.exit(f"sample.py: {error}")
+
+
+def run(args):
+    records = read_prompts(args.prompts) if args.prompts else [{"prompt": args.prompt}]
+    model = load_denoiser(args.model, args.device, getattr(torch, args.dtype))
+    vae, text_encoder = load_parts(model, args.model, args.device)
+    multiple = vae.factor * model.config.patch_size
+    size = parse_size(args.size or str(model.config.sample_size * vae.factor), multiple)
+    how = dict(steps=args.steps, guidance=args.guidance, negative=args.negative)
+
+    wanted = []  # (prompt, seed, path)
+    for i, record in enumerate(records):
+        folder = os.path.join(args.out, f"{i:05d}")
+        if args.prompts and not os.path.exists(os.path.join(folder, "metadata.jsonl")):
+            os.makedirs(os.path.join(folder, "samples"), exist_ok=True)
+            with open(os.path.join(folder, "metadata.jsonl"), "w") as file:
+                json.dump(record, file)
+        for k in range(args.n):
+            seed = args.seed + i * args.n + k
+            path = os.path.join(folder, "samples", f"{k:05d}.png") if args.prompts else free_path(args.out, record["prompt"], seed)
+            if not os.path.exists(path):
+                wanted.append((record["prompt"], seed, path))
+
+    tokens = size[0] * size[1] // multiple**2
+    at_once = max(1, 4096 // tokens)
+    for start in range(0, len(wanted), at_once):
+        prompts, seeds, paths = zip(*wanted[start : start + at_once])
+        images = generate(model, vae, text_encoder, prompts, size, seeds, progress=True, **how)
+        for image, prompt, seed, path in zip(images, prompts, seeds, paths):
+            save_png(image, path, prompt=prompt, seed=seed, settings=json.dumps(dict(how, size=size, model=args.model)))
+            print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -31,7 +31,7 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, PixArtTransformer2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -46,20 +46,23 @@ from transformers import AutoTokenizer, T5EncoderModel
 def load_part(cls, path, subfolder, **kwargs):
     """`cls.from_pretrained` on a pipeline's `subfolder`, or on `path` itself where there is no such part.
 
-    Local folders never touch the network; anything else is taken for a Hugging Face repository.
-    Raises FileNotFoundError, in one sentence, if neither place holds what `cls` needs.
+    What looks like a path never touches the network; "owner/name" that is no folder is a Hugging Face repository.
+    Raises FileNotFoundError, in one sentence, if there is nothing that `cls` can read, or only half of it.
     """
-    try:
-        if os.path.isdir(path):
-            inside = os.path.join(path, subfolder)
-            return cls.from_pretrained(inside if os.path.isdir(inside) else path, **kwargs)
+    what = subfolder.replace("_", " ")
+    if os.path.isdir(path):
+        inside = os.path.join(path, subfolder)
+        places = [dict(pretrained_model_name_or_path=inside if os.path.isdir(inside) else path)]
+    elif os.path.isabs(path) or path.count("/") != 1 or path.startswith("."):
+        raise FileNotFoundError(f"there is no folder {path!r} to load a {what} from")
+    else:
+        places = [dict(pretrained_model_name_or_path=path, subfolder=subfolder), dict(pretrained_model_name_or_path=path)]
+    for place in places:
         try:
-            return cls.from_pretrained(path, subfolder=subfolder, **kwargs)
-        except OSError:
-            return cls.from_pretrained(path, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(f"no {subfolder.replace('_', ' ')} could be loaded from {path!r}: {reason}") from error
+            return cls.from_pretrained(**place, **kwargs)
+        except Exception as error:  # the libraries raise anything from OSError to SafetensorError
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    raise FileNotFoundError(f"no {what} could be loaded from {path!r}: {reason}")
 
 
 class VAE:
@@ -287,16 +290,16 @@ def fast_kernels(device_type):
 
 
 class GatedRMSNorm(nn.Module):
-    """RMSNorm(y * SiLU(z)) with a learned weight; computed in float32. mamba-ssm's `RMSNormGated`."""
+    """RMSNorm(y * SiLU(z)) with a learned weight, in float32, each group on its own; mamba-ssm's `RMSNormGated`."""
 
-    def __init__(self, width, eps=1e-5):
+    def __init__(self, width, groups=1, eps=1e-5):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.weight, self.groups, self.eps = nn.Parameter(torch.ones(width)), groups, eps
 
     def forward(self, y, z):
         precise = torch.promote_types(y.dtype, torch.float32)
-        v = y.to(precise) * F.silu(z.to(precise))
-        v = v * torch.rsqrt(v.pow(2).mean(-1, keepdim=True) + self.eps)
+        v = (y.to(precise) * F.silu(z.to(precise))).unflatten(-1, (self.groups, -1))
+        v = (v * torch.rsqrt(v.pow(2).mean(-1, keepdim=True) + self.eps)).flatten(-2)
         return v.to(y.dtype) * self.weight.to(y.dtype)
 
 
@@ -324,7 +327,7 @@ class Mamba2(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.D = nn.Parameter(torch.empty(self.n_heads))
-        self.norm = GatedRMSNorm(inner)
+        self.norm = GatedRMSNorm(inner, n_groups)
         self.out_proj = nn.Linear(inner, width, bias=False)
         self.reset_recurrence()
 
@@ -649,10 +652,8 @@ class T2MD(ModelMixin, ConfigMixin):
             state[name] = state[name].unflatten(0, (-1, teacher_channels))[:, :keep].flatten(0, 1)
         kept = {n for n, (a, b) in enumerate(zip(pattern, teacher_pattern)) if a == b}
         fresh = lambda name: name.startswith("blocks.") and ".mixer." in name and int(name.split(".")[1]) not in kept
-        missing, unexpected = model.load_state_dict({k: v for k, v in state.items() if not fresh(k)}, strict=False)
-        wrong = [k for k in missing if not fresh(k)] + list(unexpected)
-        if wrong:
-            raise ValueError(f"{path_or_repo} does not fit its own config: {wrong[0]} is missing or superfluous")
+        own = {k: v for k, v in model.state_dict().items() if fresh(k)}
+        model.load_state_dict({**{k: v for k, v in state.items() if not fresh(k)}, **own})
         return model
 
 
@@ -667,20 +668,23 @@ def pixart_config(config):
 
 
 def read_weights(path_or_repo):
-    """(config dict, state dict) of a PixArt transformer or T2MD folder or repository, in one or several safetensors."""
-    from diffusers import PixArtTransformer2DModel
+    """(config, state dict) of a T2MD or diffusers PixArt folder or repository.
 
-    if os.path.isdir(path_or_repo):
-        inside = os.path.join(path_or_repo, "transformer")
-        folder = inside if os.path.isdir(inside) else path_or_repo
-        try:
-            with open(os.path.join(folder, "config.json")) as file:
-                ours = json.load(file).get("_class_name") == "T2MD"
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(f"{folder} holds no readable model: {error}") from error
-    else:
-        ours = False
-    model = load_part(T2MD if ours else PixArtTransformer2DModel, path_or_repo, "transformer")
+    Raises FileNotFoundError if there is none, ValueError if its weights are not all that its config asks for.
+    """
+    folder = os.path.join(path_or_repo, "transformer")
+    folder = folder if os.path.isdir(folder) else path_or_repo
+    try:
+        with open(os.path.join(folder, "config.json")) as file:
+            ours = json.load(file).get("_class_name") == "T2MD"
+    except OSError:
+        ours = False  # a repository, or nothing: load_part will say
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json is not readable: {error}") from error
+    model, info = load_part(T2MD if ours else PixArtTransformer2DModel, path_or_repo, "transformer", output_loading_info=True)
+    wrong = [*info["missing_keys"], *info["unexpected_keys"]]
+    if wrong:
+        raise ValueError(f"the weights in {path_or_repo} do not fit its config.json: {wrong[0]} is missing or superfluous")
     return {"_class_name": type(model).__name__, **model.config}, model.state_dict()
 
 

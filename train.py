@@ -21,6 +21,7 @@ Sections: 1 the shapes world - 2 configurations - 3 data - 4 VAE and T5 of the s
 
 import argparse
 import copy
+import functools
 import hashlib
 import itertools
 import json
@@ -41,7 +42,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from sample import component_path, generate, load_denoiser
+from sample import component_path, generate, load_denoiser, load_parts
 from t2md import T2MD, VAE, MambaMixer, TextEncoder, forcing_loss, kd_loss, mse_loss, predict_noise
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -207,8 +208,8 @@ def detect_shapes(image):
     pixels = np.asarray(image.convert("RGB").resize([round(s * scale) for s in image.size], Image.BOX), dtype=float)
     distance = np.linalg.norm(pixels[:, :, None] - np.array([BACKGROUND, *COLOURS.values()], dtype=float), axis=-1)
     mask = distance[:, :, 0] > 60
-    if (distance[:, :, 0][~mask] > 30).mean() > 0.02:
-        return None  # uneven background
+    if mask.all() or (distance[:, :, 0][~mask] > 30).mean() > 0.02:
+        return None  # uneven background, or none
     labels, objects = connected_components(mask), []
     for label in np.unique(labels[mask]):
         own = labels == label
@@ -219,11 +220,12 @@ def detect_shapes(image):
         crop = Image.fromarray(np.uint8(own[y0:y1, x0:x1]) * 255).resize((32, 32), Image.BILINEAR)
         crop = np.asarray(crop) / 255
         overlap = {s: np.minimum(crop, m).sum() / np.maximum(crop, m).sum() for s, m in SILHOUETTES.items()}
-        shape = max(overlap, key=overlap.get)
+        second, shape = sorted(overlap, key=overlap.get)[-2:]
         to_palette = distance[own][:, 1:]
         votes = np.bincount(to_palette.argmin(1)[to_palette.min(1) < 60], minlength=len(COLOURS))
         aspect = (x1 - x0) / (y1 - y0)
-        if overlap[shape] < 0.8 or votes.max() < 0.75 * own.sum() or not 0.75 < aspect < 1.33 or own.sum() < 100:
+        even = votes.max() >= 0.75 * own.sum()
+        if overlap[shape] < max(0.72, overlap[second] + 0.08) or not even or not 0.75 < aspect < 1.33 or own.sum() < 100:
             return None  # a smear, a merger, a patchwork or a speck
         objects.append((shape, list(COLOURS)[votes.argmax()], (x0, y0, x1, y1)))
     return objects
@@ -249,25 +251,39 @@ def score_shapes(image, record):
 # 2. Configurations: every default of every stage
 # ----------------------------------------------------------------------------------------------------------
 
-# steps, batch_size (images of base size; larger images come in batches smaller by their area), lr, mamba_lr
-# (fresh Mamba layers), clip (gradient norm), sizes {multiple of the base size: share of the batches},
-# pictures (the shapes world: how many are drawn and encoded, per size), save_every
-ADAMW = dict(weight_decay=0.03, eps=1e-10, betas=(0.9, 0.999), warmup=1000, decay=0.0, muon=False, sizes={1: 1.0})
-TOY = dict(weight_decay=0.0, eps=1e-8, betas=(0.9, 0.99), warmup=50, decay=0.4, muon=True, sizes={1: 1.0}, clip=1.0,
+# steps; batch_size (images of base size; larger images come in batches smaller by their area); lr, and mamba_lr for
+# the Mamba layers where it differs; clip (gradient norm); sizes {multiple of the base size: share of the batches};
+# decay (share of the steps over which the rate falls to zero); timesteps (see ShapesData.batch); pictures (of the
+# shapes world: how many are drawn and encoded, per size); save_every
+PIXART = dict(batch_size=256, lr=2e-5, clip=0.01, weight_decay=0.03, eps=1e-10, betas=(0.9, 0.999), warmup=1000, decay=0.0,
+              muon=False, sizes={1: 1.0}, pictures=20_000, save_every=1000)
+TOY = dict(clip=1.0, weight_decay=0.0, eps=1e-8, betas=(0.9, 0.99), warmup=50, decay=0.4, muon=True, sizes={1: 1.0},
            pictures=20_000, save_every=250)
 CONFIGS = {
     "shapes": dict(
-        out="runs/shapes", teacher="assets/teacher", data="shapes", base_pixels=128, pattern="SHWHWHW", ema=0.9999,
+        out="runs/shapes", teacher="assets/teacher", adapt={}, base_pixels=128, pattern="SHWHWHW", ema=0.9999, checkpointing=False,
+        save_dtype=torch.float16,  # all weights shipped in assets/ stay under 20 MB; training goes on in float32
         model=dict(width=128, heads=4, caption_width=64, d_state=32, head_dim=32, chunk_size=64, sample_size=16),
         stages=dict(
             vae=TOY | dict(steps=3000, batch_size=16, lr=2e-3, decay=0.5, muon=False),
             text_encoder=TOY | dict(steps=1500, batch_size=128, lr=2e-3, muon=False),
-            teacher=TOY | dict(steps=9000, batch_size=64, lr=2e-3, timesteps=(520, 200)),
+            teacher=TOY | dict(steps=5500, batch_size=64, lr=2e-3, timesteps=(520, 200)),
             forcing=TOY | dict(steps=400, batch_size=32, lr=2e-3, pictures=8_000),
-            kd=TOY | dict(steps=1000, batch_size=32, lr=1e-3, pictures=8_000),
-            adapt=TOY | dict(steps=1500, batch_size=32, lr=1e-3),
+            kd=TOY | dict(steps=800, batch_size=32, lr=1e-3, pictures=8_000),
+            adapt=TOY | dict(steps=1500, batch_size=32, lr=1e-3, pictures=8_000),
             hires1=TOY | dict(steps=600, batch_size=32, lr=1e-3, sizes={2: 0.8, 1: 0.2}, pictures=4_000),
             hires2=TOY | dict(steps=300, batch_size=32, lr=5e-4, sizes={4: 1.0}, pictures=1_000),
+        ),
+    ),
+    "t2md": dict(  # the paper's; its optimiser is not given, so PixArt-alpha's own is used
+        out="runs/t2md", teacher="PixArt-alpha/PixArt-XL-2-512x512", base_pixels=512, pattern="SHWHWHW" * 4, ema=0.9999, checkpointing=True,
+        adapt=dict(vae="stabilityai/sdxl-vae", text_encoder="google/flan-t5-xxl"), save_dtype=torch.float32,
+        stages=dict(
+            forcing=PIXART | dict(steps=20_000, lr=1e-4, clip=1.0),
+            kd=PIXART | dict(steps=180_000, mamba_lr=1e-4, clip=0.1),
+            adapt=PIXART | dict(steps=100_000),
+            hires1=PIXART | dict(steps=40_000, sizes={2: 0.8, 1: 0.2}),
+            hires2=PIXART | dict(steps=20_000, sizes={4: 1.0}),
         ),
     ),
 }
@@ -517,11 +533,11 @@ def write_atomically(path, write):
             os.remove(path + ".tmp")
 
 
-def save_model(model, folder):
-    """save_pretrained into a temporary folder, then rename file by file into `folder`."""
+def save_model(model, folder, dtype=torch.float32):
+    """save_pretrained, in `dtype`, into a temporary folder; then rename file by file into `folder`."""
     temporary = folder.rstrip("/") + ".tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    copy.deepcopy(model)._apply(lambda w: w.to(dtype)).save_pretrained(temporary)
     os.makedirs(folder, exist_ok=True)
     for name in os.listdir(temporary):
         os.replace(os.path.join(temporary, name), os.path.join(folder, name))
@@ -598,24 +614,27 @@ def fit(stage, folder, network, step_loss, plan, args, export, show=None):
 
 
 def plan_for(stage, args):
-    """The config's defaults for a stage, with what the command line sets."""
-    plan = dict(CONFIGS[args.config]["stages"][stage])
-    for name in ("steps", "batch_size", "lr", "save_every"):
-        if getattr(args, name) is not None:
-            plan[name] = getattr(args, name)
-    if args.lr is not None:
-        plan["mamba_lr"] = args.lr
+    """The config's defaults for a stage; what the command line sets is meant for the stage it names, or for all."""
+    plan = dict(CONFIGS[args.config]["stages"][stage.removesuffix("_adapt")])
+    if args.stage in (stage, "all"):
+        for name in ("steps", "batch_size", "lr", "save_every"):
+            if getattr(args, name) is not None:
+                plan[name] = getattr(args, name)
+        if args.lr is not None:
+            plan["mamba_lr"] = args.lr
     return plan
 
 
-def finished(folder, plan):
-    return saved_step(folder)[0] >= plan["steps"]
+def finished(folder):
+    """Has the training in `folder` done all the steps it was planned for?"""
+    done, planned = saved_step(folder)
+    return planned is not None and done >= planned
 
 
 def make_component(name, args):
     """Train a small VAE or text encoder of the shapes world into OUT/name, unless that is done; returns the folder."""
-    folder, plan = os.path.join(args.out, name), plan_for(name.removesuffix("_adapt"), args)
-    if finished(folder, plan):
+    folder, plan, dtype = os.path.join(args.out, name), plan_for(name, args), CONFIGS[args.config]["save_dtype"]
+    if finished(folder):
         return folder
     torch.manual_seed(zlib.crc32(f"{args.seed}/{name}".encode()))
     if name.startswith("vae"):
@@ -624,7 +643,7 @@ def make_component(name, args):
         def export(folder):
             vae = copy.deepcopy(network)
             standardise(vae, args.seed)
-            save_model(vae, folder)
+            save_model(vae, folder, dtype)
 
         compute = lambda step: vae_loss(network, name, step, plan["batch_size"], args.seed)
     else:
@@ -632,7 +651,7 @@ def make_component(name, args):
         network = Reader(new_text_encoder(len(tokenizer)))
 
         def export(folder):
-            save_model(network.encoder, folder)
+            save_model(network.encoder, folder, dtype)
             tokenizer.save_pretrained(folder)
 
         compute = lambda step: reader_loss(network, tokenizer, name, step, plan["batch_size"], args.seed)
@@ -653,15 +672,16 @@ def trainable(stage, model):
 
 
 def teacher_folder(args):
-    """--teacher, else the one trained in OUT, else the config's; trained first where there is none."""
-    own = os.path.join(args.out, "teacher")
+    """--teacher, else the one trained in OUT, else the config's; in the shapes world trained first if there is none."""
+    own, given = os.path.join(args.out, "teacher"), CONFIGS[args.config]["teacher"]
     if args.teacher:
         return args.teacher
-    if finished(own, plan_for("teacher", args)):
+    if finished(own):
         return own
-    shipped = os.path.join(HERE, CONFIGS[args.config]["teacher"])
-    if os.path.isdir(shipped) and not os.path.isdir(own):
-        return shipped
+    if args.config != "shapes":
+        return given
+    if os.path.isdir(os.path.join(HERE, given)) and not os.path.isdir(own):
+        return os.path.join(HERE, given)
     print(f"there is no teacher yet: training one into {own} first")
     return run_stage("teacher", args)
 
@@ -672,7 +692,7 @@ def previous_folder(stage, args):
     if before == "teacher":
         return teacher_folder(args)
     folder = os.path.join(args.out, before)
-    if not finished(folder, plan_for(before, args)):
+    if not finished(folder):
         print(f"{stage} starts from {before}, which is not there yet: running {before} first")
         run_stage(before, args)
     return folder
@@ -700,74 +720,79 @@ def start_model(stage, args, folder):
 
 
 def adapted_component(name, args):
-    """The VAE or text encoder that adapt swaps in: of the same origin as the teacher."""
+    """The VAE or text encoder that adapt swaps in: the config's; in the shapes world of the teacher's own origin."""
+    if name in CONFIGS[args.config]["adapt"]:
+        return CONFIGS[args.config]["adapt"][name]
     shipped = os.path.join(HERE, "assets", f"{name}_adapt")
     own_teacher = os.path.isdir(os.path.join(args.out, "teacher"))
     return shipped if os.path.isdir(shipped) and not own_teacher else make_component(f"{name}_adapt", args)
 
 
-def load_parts(model, folder, args):
-    """The frozen VAE and text encoder that a model's config names."""
-    vae = VAE(component_path(folder, model.config.vae), args.device)
-    return vae, TextEncoder(component_path(folder, model.config.text_encoder), device=args.device)
+def stage_terms(stage, model, teacher, schedule, batch, backward):
+    """One step's forward and backward pass on a batch of ShapesData -> {name: detached term}."""
+    t, noise, text, mask = batch["t"], batch["noise"], batch["text"], batch["mask"]
+    z_t = schedule.add_noise(batch["z0"], noise, t)
+    if stage == "forcing":
+        return dict(forcing=forcing_loss(model, teacher, z_t, t, text, mask, backward))
+    if stage == "kd":
+        loss, terms = kd_loss(model, teacher, z_t, t, text, mask, noise)
+    elif stage == "teacher":
+        # not the paper's: errors weigh 1 / sqrt(SNR), or what is where and which colour is whose is learned last
+        signal = schedule.alphas_cumprod.to(t.device)[t]
+        error = (predict_noise(model, z_t, t, text, mask).float() - noise).square().mean((1, 2, 3))
+        loss, terms = ((signal / (1 - signal)).rsqrt().clamp(0.5, 8.0) * error).mean(), dict(mse=error.mean().detach())
+    else:
+        loss = mse_loss(noise, predict_noise(model, z_t, t, text, mask))
+        terms = dict(mse=loss.detach())
+    backward(loss)
+    return terms
 
 
 def run_stage(stage, args):
     """Run or continue one stage, and before it whatever it needs; returns its folder."""
+    config = CONFIGS[args.config]
+    if stage not in config["stages"]:
+        raise ValueError(f"--config {args.config} trains no {stage}: it starts from {config['teacher']}, or give --teacher")
     folder, plan = os.path.join(args.out, stage), plan_for(stage, args)
-    if finished(folder, plan):
-        print(f"{stage} is finished: {plan['steps']} steps, its model is in {folder}")
+    done, _ = saved_step(folder)
+    if done >= plan["steps"]:
+        print(f"{stage} is finished: {done} steps, its model is in {folder}")
         return folder
+
     model = start_model(stage, args, folder).to(args.device)
+    if config["checkpointing"]:
+        model.enable_gradient_checkpointing()
     model.requires_grad_(False)
     for module in trainable(stage, model):
         module.requires_grad_(True)
-    vae, text_encoder = load_parts(model, folder, args)
-    distils, teacher, teacher_parts = stage in ("forcing", "kd"), None, None
-    if stage != "teacher":
-        teacher_path = teacher_folder(args)
-        teacher = load_denoiser(teacher_path, args.device)
-        teacher_parts = load_parts(teacher, teacher_path, args)
-
-    base, sizes = CONFIGS[args.config]["base_pixels"], plan["sizes"]
+    vae, text_encoder = load_parts(model, folder, args.device)
+    teacher = load_denoiser(teacher_folder(args), args.device) if stage in ("forcing", "kd") else None
+    schedule = DDPMScheduler(1000, beta_start=1e-4, beta_end=2e-2, beta_schedule=model.config.beta_schedule)
+    sizes, shares, base = list(plan["sizes"]), list(plan["sizes"].values()), config["base_pixels"]
     count = min(plan["pictures"], plan["steps"] * plan["batch_size"])
     data = {m: ShapesData(m * base, count, vae, text_encoder, args.seed, os.path.join(args.out, "cache")) for m in sizes}
-    schedule = DDPMScheduler(1000, beta_start=1e-4, beta_end=2e-2, beta_schedule=model.config.beta_schedule)
-    signal = schedule.alphas_cumprod
 
     def step_loss(step, backward):
-        pick = torch.rand((), generator=draw(args.seed, stage, step, -1))
-        m = next(m for m, edge in zip(sizes, itertools.accumulate(sizes.values())) if pick < edge or m == list(sizes)[-1])
-        size = max(1, plan["batch_size"] // m**2)
-        batch = data[m].batch([draw(args.seed, stage, step, i) for i in range(size)], plan.get("timesteps"))
-        batch = {name: value.to(args.device) for name, value in batch.items()}
-        t, noise, text, mask = batch["t"], batch["noise"], batch["text"], batch["mask"]
-        z_t = schedule.add_noise(batch["z0"], noise, t)
-        if stage == "forcing":
-            return dict(forcing=forcing_loss(model, teacher, z_t, t, text, mask, backward))
-        if stage == "kd":
-            loss, terms = kd_loss(model, teacher, z_t, t, text, mask, noise)
-        elif stage == "teacher":
-            # not the paper's: an error in the noise weighs 1 / sqrt(SNR), or layout and binding are learned last
-            weight = (signal[t.cpu()] / (1 - signal[t.cpu()])).rsqrt().clamp(0.5, 8.0).to(args.device)
-            error = (predict_noise(model, z_t, t, text, mask).float() - noise).square().mean((1, 2, 3))
-            loss, terms = (weight * error).mean(), dict(mse=error.mean().detach())
-        else:
-            loss = mse_loss(noise, predict_noise(model, z_t, t, text, mask))
-            terms = dict(mse=loss.detach())
-        backward(loss)
-        return terms
+        m = sizes[int(torch.multinomial(torch.tensor(shares), 1, generator=draw(args.seed, stage, step, -1)))]
+        images = max(1, plan["batch_size"] // m**2)
+        batch = data[m].batch([draw(args.seed, stage, step, i) for i in range(images)], plan.get("timesteps"))
+        return stage_terms(stage, model, teacher, schedule, {k: v.to(args.device) for k, v in batch.items()}, backward)
+
+    examples = heldout_records(12, args.seed)
+
+    @functools.lru_cache(maxsize=None)
+    def upper_row():
+        if stage == "teacher":  # it has no teacher: beside it, what is asked for
+            return [draw_shapes(record, base, np.random.default_rng(k)) for k, record in enumerate(examples)]
+        original = teacher or load_denoiser(teacher_folder(args), args.device)
+        parts = (vae, text_encoder) if teacher else load_parts(original, teacher_folder(args), args.device)
+        return sample_records(original, *parts, examples, base)
 
     def show(path):
-        if stage == "teacher":
-            reference = [draw_shapes(r, base, np.random.default_rng(k)) for k, r in enumerate(heldout_records(12, args.seed))]
-        else:
-            reference = show.teacher = show.teacher or sample_records(teacher, *teacher_parts, heldout_records(12, args.seed), base)
-        sampled = sample_records(model, vae, text_encoder, heldout_records(12, args.seed), base)
-        write_atomically(path, lambda path: side_by_side(reference, sampled).save(path, format="PNG"))
+        grid = side_by_side(upper_row(), sample_records(model, vae, text_encoder, examples, base))
+        write_atomically(path, lambda path: grid.save(path, format="PNG"))
 
-    show.teacher = None
-    fit(stage, folder, model, step_loss, plan, args, lambda folder: save_model(model, folder), show)
+    fit(stage, folder, model, step_loss, plan, args, lambda folder: save_model(model, folder, config["save_dtype"]), show)
     print(f"{stage}: {plan['steps']} steps done, the model is in {folder}")
     return folder
 
@@ -813,14 +838,17 @@ def run_eval(args):
         records = [json.loads(line) for line in open(args.prompts) if line.strip()]
     else:
         records = heldout_records(args.records, args.seed)
-    candidates = [teacher_folder(args)] + [os.path.join(args.out, s) for s in CHAIN[1:]] + [os.path.join(HERE, "assets", "student")]
-    folders = args.model or [f for f in candidates if os.path.exists(os.path.join(f, "config.json"))]
+    made = [os.path.join(args.out, stage) for stage in CHAIN]
+    shipped = [os.path.join(HERE, "assets", name) for name in ("teacher", "student")]
+    folders = args.model or [f for f in (*shipped, *made) if os.path.exists(os.path.join(f, "config.json"))]
+    if not folders:
+        raise ValueError(f"there is no checkpoint to score in {args.out}; name one with --model")
     results = {}
     print(f"{len(records)} records, 20 steps, guidance 4.5")
     print("".join(f"{name:>14}" for name in (*TAGS, "overall")) + "  model")
     for folder in folders:
         model = load_denoiser(folder, args.device)
-        results[folder] = evaluate(model, *load_parts(model, folder, args), records, CONFIGS[args.config]["base_pixels"], args.seed)
+        results[folder] = evaluate(model, *load_parts(model, folder, args.device), records, CONFIGS[args.config]["base_pixels"], args.seed)
         print("".join(f"{results[folder].get(name, float('nan')):14.2f}" for name in (*TAGS, "overall")) + f"  {folder}", flush=True)
     write_atomically(os.path.join(args.out, "eval.json"), lambda path: open(path, "w").write(json.dumps(results, indent=1)))
 
@@ -830,24 +858,34 @@ def run_eval(args):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--stage", required=True, choices=(*CHAIN, "all", "eval"))
-    parser.add_argument("--config", default="shapes", choices=CONFIGS)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--lr", type=float)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out")
-    parser.add_argument("--save-every", type=int)
-    parser.add_argument("--teacher")
-    parser.add_argument("--pattern")
+def parse_arguments(argv=None):
+    epilog = ["defaults of each stage, by config:"]
+    for config, settings in CONFIGS.items():
+        for stage, plan in settings["stages"].items():
+            epilog.append(f"  {config:7} {stage:13}" + ", ".join(f"{k} {v}" for k, v in plan.items()))
+    parser = argparse.ArgumentParser(description=__doc__, epilog="\n".join(epilog), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", required=True, choices=(*CHAIN, "all", "eval"), help="what to run; what it starts from is run first if it is missing")
+    parser.add_argument("--config", default="shapes", choices=CONFIGS, help="shapes, the embedded world (default), or t2md, the paper's model from PixArt-alpha")
+    parser.add_argument("--out", help="folder of all checkpoints, logs and pictures (default: runs/CONFIG)")
+    parser.add_argument("--seed", type=int, default=0, help="of every random draw (default 0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--model", action="append")
-    parser.add_argument("--prompts")
-    parser.add_argument("--records", type=int, default=552)
-    args = parser.parse_args()
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="bfloat16: autocast over float32 weights")
+    stage = parser.add_argument_group("the stage that --stage names (or every stage, with all)")
+    stage.add_argument("--steps", type=int, help="optimiser steps in all; more than before continues a finished stage")
+    stage.add_argument("--batch-size", type=int, help="images of base size a step")
+    stage.add_argument("--lr", type=float, help="peak learning rate")
+    stage.add_argument("--save-every", type=int, help="steps between checkpoints")
+    model = parser.add_argument_group("models")
+    model.add_argument("--teacher", help="the teacher's folder (default: the one trained in OUT, else the shipped one)")
+    model.add_argument("--pattern", help="the student's mixers, a letter a block out of S H W > < v ^")
+    evaluation = parser.add_argument_group("--stage eval")
+    evaluation.add_argument("--model", action="append", help="checkpoint to score; repeat for several (default: all there are)")
+    evaluation.add_argument("--prompts", help="GenEval-format metadata .jsonl (default: held-out records)")
+    evaluation.add_argument("--records", type=int, default=552, help="how many held-out records (default 552, 92 of each kind)")
+    args = parser.parse_args(argv)
+    for name in ("steps", "batch_size", "save_every", "records"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
     args.out = args.out or CONFIGS[args.config]["out"]
     args.pattern = args.pattern or CONFIGS[args.config]["pattern"]
     return args
@@ -859,7 +897,7 @@ def main():
         if args.stage == "eval":
             run_eval(args)
         else:
-            for stage in CHAIN if args.stage == "all" else [args.stage]:
+            for stage in [s for s in CHAIN if s in CONFIGS[args.config]["stages"]] if args.stage == "all" else [args.stage]:
                 run_stage(stage, args)
     except (OSError, ValueError, ArithmeticError) as error:
         sys.exit(f"train.py: {error}")

@@ -1,0 +1,892 @@
+"""What must hold, checked against what we did not write: diffusers, transformers, a recurrence in float64.
+
+    python -m pytest -q
+
+No network, no GPU, no downloads. What real weights would provide is built here, small, in the real format.
+"""
+
+import copy
+import functools
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, PixArtAlphaPipeline, PixArtTransformer2DModel
+from PIL import Image
+from transformers import Mamba2Config
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+import sample
+import t2md
+import train
+from t2md import T2MD, VAE, Mamba2, MambaMixer, TextEncoder, ssd, ssd_recurrence
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+TINY = dict(width=48, heads=2, caption_width=20, d_state=8, head_dim=16, sample_size=16, chunk_size=16)
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def inputs(batch=2, size=(16, 16), tokens=7, width=20, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.ones(batch, tokens)
+    mask[-1, tokens // 2 :] = 0
+    return dict(z=torch.randn(batch, 4, *size, generator=g).to(dtype), text=torch.randn(batch, tokens, width, generator=g).to(dtype),
+                t=torch.linspace(3, 777, batch).long(), mask=mask)
+
+
+def shuffled(model, seed=0, std=0.05):
+    """Random weights everywhere, so that no zero-initialised layer hides what is behind it."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(std * torch.randn(p.shape, generator=g).to(p.dtype))
+    return model
+
+
+def pixart(sample_size=16, layers=2, seed=0, **more):
+    torch.manual_seed(seed)
+    return PixArtTransformer2DModel(num_attention_heads=2, attention_head_dim=24, num_layers=layers, cross_attention_dim=48,
+                                    sample_size=sample_size, caption_channels=20, **more).eval()
+
+
+def run(*command, **kwargs):
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=HERE, timeout=600, **kwargs)
+
+
+# -- 1. the backbone is PixArt ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("sample_size, size", [(64, (16, 16)), (64, (12, 20)), (32, (32, 32)), (32, (8, 30)), (128, (16, 24))])
+def test_all_attention_backbone_equals_diffusers(tmp_path, sample_size, size, masked):
+    theirs = pixart(sample_size)
+    theirs.save_pretrained(tmp_path)
+    ours = T2MD.from_pixart(str(tmp_path), pattern="SS")
+    x = inputs(size=size)
+    mask = x["mask"] if masked else None
+    conditions = {"resolution": torch.tensor([[512.0, 768], [1024, 1024]]), "aspect_ratio": torch.tensor([[0.67], [1.0]])}
+    conditions = conditions if sample_size == 128 else None
+    expected = theirs(x["z"], x["text"], x["t"], added_cond_kwargs=conditions, encoder_attention_mask=mask).sample
+    got = ours(x["z"], x["text"], x["t"], added_cond_kwargs=conditions, encoder_attention_mask=mask).sample
+    assert got.shape == (2, 8, *size)
+    assert relative(got, expected) < 1e-5
+    if masked:
+        unmasked = ours(x["z"], x["text"], x["t"], added_cond_kwargs=conditions).sample
+        assert relative(unmasked, expected) > 1e-3  # the mask matters
+
+
+def test_gradients_equal_diffusers(tmp_path):
+    theirs = pixart()
+    theirs.save_pretrained(tmp_path)
+    ours = T2MD.from_pixart(str(tmp_path))
+    x = inputs()
+    for model in (theirs, ours):
+        model(x["z"], x["text"], x["t"], encoder_attention_mask=x["mask"]).sample.square().sum().backward()
+    assert relative(ours.patch_embed.weight.grad, theirs.pos_embed.proj.weight.grad) < 1e-5
+    assert relative(ours.blocks[1].mixer.to_k.weight.grad, theirs.transformer_blocks[1].attn1.to_k.weight.grad) < 1e-5
+
+
+def test_students_copy_all_that_fits(tmp_path):
+    theirs = pixart(layers=7)
+    theirs.save_pretrained(tmp_path)
+    teacher = T2MD.from_pixart(str(tmp_path))
+    student = T2MD.from_pixart(str(tmp_path), pattern="SHWHWHW", d_state=8, head_dim=16)
+    assert teacher.config.pattern == "S" * 7 and teacher.config.out_channels == 8 and student.config.out_channels == 4
+    original, copied = theirs.state_dict(), 0
+    for name, weight in student.state_dict().items():
+        if ".mamba." in name or ".fuse." in name:
+            continue
+        for their_name, our_name in reversed(T2MD.PIXART_NAMES):
+            name = name.replace(our_name, their_name) if our_name else name
+        if "embedder." in name:
+            name = "adaln_single.emb." + name
+        expected = original[name]
+        if name.startswith("proj_out"):  # the noise half of every pixel of the patch
+            expected = expected.unflatten(0, (2, 2, 8))[:, :, :4].flatten(0, 2)
+        assert torch.equal(weight, expected), name
+        copied += 1
+    assert copied > 100
+    x = inputs()
+    noise = t2md.predict_noise(teacher, x["z"], x["t"], x["text"], x["mask"])
+    assert noise.shape == x["z"].shape
+
+
+def test_size_conditions_are_required():
+    model = T2MD(pattern="S", **TINY | dict(use_additional_conditions=True))
+    x = inputs()
+    with pytest.raises(ValueError, match="conditioned on size"):
+        model(x["z"], x["text"], x["t"])
+
+
+# -- 2. Mamba-2 and the scan -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_mamba2_layer_equals_transformers(groups):
+    torch.manual_seed(0)
+    config = Mamba2Config(hidden_size=32, num_heads=4, head_dim=16, state_size=8, n_groups=groups, expand=2, chunk_size=16, conv_kernel=4)
+    theirs = Mamba2Mixer(config, layer_idx=0)
+    ours = Mamba2(32, d_state=8, expand=2, head_dim=16, n_groups=groups, chunk_size=16)
+    ours.load_state_dict(theirs.state_dict())  # same names, same shapes
+    shuffled(ours, std=0.3)
+    theirs.load_state_dict(ours.state_dict())
+    u = torch.randn(2, 37, 32)
+    weight = torch.randn(2, 37, 32)
+    a, b = u.clone().requires_grad_(), u.clone().requires_grad_()
+    out, expected = ours(a), theirs(b)
+    assert relative(out, expected) < 1e-5
+    (out * weight).sum().backward()
+    (expected * weight).sum().backward()
+    assert relative(a.grad, b.grad) < 1e-5
+    for (name, p), (_, q) in zip(sorted(ours.named_parameters()), sorted(theirs.named_parameters())):
+        assert relative(p.grad, q.grad) < 1e-5, name
+
+
+def scan_arguments(l=53, groups=1, dtype=torch.float64, decay=1.0):
+    g = torch.Generator().manual_seed(0)
+    random = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+    x, dt, A = random(2, l, 4, 6), random(2, l, 4).exp() * decay, -random(4).exp()
+    return [v.to(dtype).requires_grad_() for v in (x, dt, A, random(2, l, groups, 5), random(2, l, groups, 5), random(4))]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("chunk", [1, 7, 16, 53, 64])
+def test_ssd_is_the_recurrence(groups, chunk):
+    x, dt, A, B, C, D = arguments = scan_arguments(groups=groups)
+    y, expected = ssd(x, dt, A, B, C, chunk, D=D), ssd_recurrence(x, dt, A, B, C, D=D)
+    assert (y - expected).abs().max() < 1e-10
+    weight = torch.randn_like(y)
+    for got, want in zip(torch.autograd.grad((y * weight).sum(), arguments), torch.autograd.grad((expected * weight).sum(), arguments)):
+        assert (got - want).abs().max() < 1e-10
+    assert (ssd(x, dt, A, B, C, chunk) - ssd_recurrence(x, dt, A, B, C)).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strong_decay_stays_finite(dtype):
+    x, dt, A, B, C, D = scan_arguments(dtype=dtype)
+    dt = torch.full_like(dt, 100.0).requires_grad_()
+    A = torch.full_like(A, -3.0).requires_grad_()  # dt * A = -300
+    y = ssd(x, dt, A, B, C, 16, D=D)
+    gradients = torch.autograd.grad(y.float().square().sum(), (x, dt, A, B, C, D))
+    recurrent = ssd_recurrence(x, dt, A, B, C, D=D)
+    assert torch.isfinite(y).all() and all(torch.isfinite(g).all() for g in gradients) and torch.isfinite(recurrent).all()
+    assert relative(y.float(), recurrent.float()) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_initialisation_leaves_the_recurrence_alone():
+    model = T2MD(pattern="SHW>", **TINY)
+    for block in model.blocks[1:]:
+        mamba = block.mixer.mamba
+        dt = torch.nn.functional.softplus(mamba.dt_bias)
+        assert dt.min() >= 1e-3 * 0.99 and dt.max() <= 0.1 * 1.01
+        assert mamba.A_log.exp().min() >= 1 and mamba.A_log.exp().max() <= 16 and torch.equal(mamba.D, torch.ones_like(mamba.D))
+        assert mamba.conv1d.weight.abs().max() > 0
+
+
+# -- 3. scans --------------------------------------------------------------------------------------------------
+
+
+def mixers(*directions):
+    torch.manual_seed(0)
+    first = MambaMixer(directions[0], 32, d_state=8, head_dim=16, chunk_size=8).double()
+    result = [first]
+    for d in directions[1:]:
+        result.append(MambaMixer(d, 32, d_state=8, head_dim=16, chunk_size=8).double())
+        result[-1].load_state_dict(first.state_dict())
+    return result
+
+
+def image_tokens(H, W, seed=1):
+    return torch.randn(1, H * W, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def transposed(x, H, W):
+    return x.unflatten(1, (H, W)).transpose(1, 2).flatten(1, 2)
+
+
+def test_height_first_is_width_first_of_the_transpose():
+    h, w = mixers("H", "W")
+    x = image_tokens(5, 3)
+    assert torch.allclose(h(x, (5, 3)), transposed(w(transposed(x, 5, 3), (3, 5)), 3, 5), atol=1e-12)
+    down, right = mixers("v", ">")
+    assert torch.allclose(down(x, (5, 3)), transposed(right(transposed(x, 5, 3), (3, 5)), 3, 5), atol=1e-12)
+
+
+@pytest.mark.parametrize("direction", "HW")
+def test_bidirectional_mixer_commutes_with_reversal(direction):
+    (mixer,) = mixers(direction)
+    x = image_tokens(5, 3)
+    assert torch.allclose(mixer(x.flip(1), (5, 3)), mixer(x, (5, 3)).flip(1), atol=1e-12)
+
+
+def test_backward_scan_is_the_forward_scan_reversed():
+    right, left = mixers(">", "<")
+    x = image_tokens(5, 3)
+    assert torch.allclose(left(x, (5, 3)), right(x.flip(1), (5, 3)).flip(1), atol=1e-12)
+    down, up = mixers("v", "^")
+    assert torch.allclose(up(x, (5, 3)), down(x.flip(1), (5, 3)).flip(1), atol=1e-12)
+
+
+@pytest.mark.parametrize("direction", "><v^HWS")
+def test_who_sees_whom(direction):
+    """Which tokens move when token (2, 1) of a 5 x 3 grid changes: the later ones of the scan, or all."""
+    mixer = t2md.Attention(32, 2).double() if direction == "S" else mixers(direction)[0]
+    x = image_tokens(5, 3)
+    moved = x.clone()
+    moved[:, 2 * 3 + 1] += 1
+    seen = (mixer(x, (5, 3)) - mixer(moved, (5, 3))).abs().amax(-1).view(5, 3) > 1e-14
+    rows, columns = torch.meshgrid(torch.arange(5), torch.arange(3), indexing="ij")
+    order = columns * 5 + rows if direction in "v^" else rows * 3 + columns
+    here = order[2, 1]
+    allowed = {">": order >= here, "v": order >= here, "<": order <= here, "^": order <= here}.get(direction, torch.ones(5, 3, dtype=bool))
+    assert torch.equal(seen, allowed)
+
+
+# -- 4. the paper's configuration ------------------------------------------------------------------------------
+
+
+def test_paper_configuration():
+    with torch.device("meta"):
+        student, teacher = T2MD(), T2MD(pattern="S" * 28, out_channels=8, pos_embed="pixart")
+        theirs = PixArtTransformer2DModel(sample_size=64, caption_channels=4096)
+    pattern = student.config.pattern
+    assert len(student.blocks) == 28 and [pattern.count(c) for c in "SHW"] == [4, 12, 12]
+    count = lambda model: sum(p.numel() for p in model.parameters())
+    assert count(teacher) == count(theirs)
+    assert round(count(student) / 1e9, 2) == 0.72 and round(count(teacher) / 1e9, 2) == 0.61
+    mamba = student.blocks[1].mixer.mamba
+    assert (mamba.d_state, mamba.head_dim, mamba.n_heads, mamba.n_groups, mamba.chunk_size) == (256, 64, 36, 1, 256)
+    assert mamba.conv1d.kernel_size == (4,) and student.blocks[1].mixer.fuse.weight.shape == (1152, 1152)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(16, 16), (6, 22), (2, 2)])
+def test_every_letter_at_any_size_and_dtype(dtype, size):
+    torch.manual_seed(0)
+    reference = shuffled(T2MD(pattern="SHW><v^", **TINY).double())
+    model = copy.deepcopy(reference).to(dtype)
+    x = inputs(size=size, dtype=dtype)
+    out = model(x["z"], x["text"], x["t"], encoder_attention_mask=x["mask"]).sample
+    assert out.dtype == dtype and out.shape == (2, 4, *size) and torch.isfinite(out).all()
+    exact = reference(x["z"].double(), x["text"].double(), x["t"], encoder_attention_mask=x["mask"]).sample
+    assert relative(out.double(), exact) < {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 5e-2}[dtype]
+
+
+@pytest.mark.parametrize("bad", [dict(pattern="SXW"), dict(pattern=""), dict(pos_embed="rotary"), dict(width=50), dict(head_dim=17), dict(beta_schedule="cosine")])
+def test_bad_configurations_are_refused(bad):
+    with pytest.raises(ValueError):
+        T2MD(**{"pattern": "SH", **TINY, **bad})
+
+
+def test_save_and_load(tmp_path):
+    model = shuffled(T2MD(pattern="SHW", pos_embed="pixart", beta_schedule="scaled_linear", vae="../vae", **TINY))
+    model.save_pretrained(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    x = inputs()
+    for loaded in (T2MD.from_pretrained(tmp_path), T2MD.from_pixart(str(tmp_path))):
+        assert loaded.config.pattern == "SHW" and loaded.config.vae == "../vae" and loaded.config.beta_schedule == "scaled_linear"
+        assert torch.equal(loaded(x["z"], x["text"], x["t"]).sample, model(x["z"], x["text"], x["t"]).sample)
+    assert T2MD.from_pretrained(tmp_path, pos_embed="centered").config.pos_embed == "centered"
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model = shuffled(T2MD(pattern="SHW", **TINY))
+    x = inputs()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model.zero_grad()
+        seen = []
+        out = t2md.predict_noise(model, x["z"], x["t"], x["text"], x["mask"], lambda n, a, b: seen.append(b))
+        (out.square().mean() + sum(m.square().mean() for m in seen)).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        assert len(seen) == 3
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
+
+
+# -- 5. the centred embedding ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("H, W", [(32, 32), (33, 33), (96, 168), (168, 96), (7, 5)])
+def test_centred_coordinates(H, W):
+    y, x = t2md.centered_coordinates(H, W, 32, 1)
+    for axis, n in ((y, H), (x, W)):
+        assert torch.allclose(axis, -axis.flip(0))  # symmetric about the centre, odd sizes have a token on it
+        assert torch.allclose(axis.diff(), torch.full((n - 1,), 32 / max(H, W), dtype=torch.float64))
+    long = y if H >= W else x
+    step = 32 / max(H, W)
+    assert torch.isclose(long[0] - step / 2, torch.tensor(-16.0, dtype=torch.float64))  # edge to edge: always -16 to 16
+    assert torch.isclose(long[-1] + step / 2, torch.tensor(16.0, dtype=torch.float64))
+
+
+def test_centred_coordinates_are_consistent_between_sizes():
+    at = lambda h, w: t2md.centered_coordinates(h // 16, w // 16, 32, 1)
+    (y512, x512), (y1024, x1024), (ywide, xwide) = at(512, 512), at(1024, 1024), at(1536, 2688)
+    assert torch.allclose(x1024.view(-1, 2).mean(1), x512)  # a token at 512 px is the mean of its two at 1024
+    assert torch.isclose(xwide[0] - xwide.diff()[0] / 2, x512[0] - x512.diff()[0] / 2)
+    assert torch.isclose(ywide.max() / xwide.max(), torch.tensor(95 / 167, dtype=torch.float64))
+    assert torch.isclose(x512.diff()[0], t2md.pixart_coordinates(32, 32, 32, 1)[1].double().diff()[0])  # the teacher's spacing
+
+
+def test_embedding_puts_x_first():
+    e = t2md.grid_embedding(torch.zeros(3), torch.arange(4.0), 16).view(3, 4, 16)
+    assert torch.equal(e[0], e[2]) and not torch.equal(e[0, 0, :8], e[0, 1, :8]) and torch.equal(e[0, 0, 8:], e[0, 1, 8:])
+
+
+# -- 6. losses -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pair():
+    torch.manual_seed(0)
+    teacher = shuffled(T2MD(pattern="S" * 7, pos_embed="pixart", **TINY | dict(out_channels=8)), 1)
+    student = shuffled(T2MD(pattern="SHWHWHW", pos_embed="pixart", **TINY), 2)
+    return teacher.requires_grad_(False), student
+
+
+def test_forcing_loss_by_hand(pair):
+    teacher, student = pair
+    x = inputs()
+    taken = []
+    t2md.predict_noise(teacher, x["z"], x["t"], x["text"], x["mask"], lambda n, a, b: taken.append((a, b)))
+    expected = sum((student.blocks[n].mixer(taken[n][0], (8, 8)) - taken[n][1]).square().mean() for n in range(1, 7))
+    got = t2md.forcing_loss(student, teacher, x["z"], x["t"], x["text"], x["mask"])
+    assert torch.isclose(got, expected, rtol=1e-5)
+    own = []
+    t2md.predict_noise(student, x["z"], x["t"], x["text"], x["mask"], lambda n, a, b: own.append((a, b)))
+    wrong = sum((own[n][1] - taken[n][1]).square().mean() for n in range(1, 7))
+    assert not torch.isclose(got, wrong, rtol=1e-2)  # not the student's own inputs
+
+
+def test_kd_loss_by_hand(pair):
+    teacher, student = pair
+    x = inputs()
+    noise = torch.randn_like(x["z"])
+    outputs, predicted = [], []
+    for model in pair:
+        seen = []
+        predicted.append(model(x["z"], x["text"], x["t"], encoder_attention_mask=x["mask"], visit=lambda n, a, b: seen.append(b)).sample[:, :4])
+        outputs.append(seen)
+    mse, soft = (predicted[1] - noise).square().mean(), (predicted[1] - predicted[0]).square().mean()
+    mixer = sum((a - b).square().mean() for a, b in zip(*outputs)) / 7
+    loss, terms = t2md.kd_loss(student, teacher, x["z"], x["t"], x["text"], x["mask"], noise)
+    assert torch.isclose(loss, mse + 0.5 * soft + 0.2 * mixer, rtol=1e-5)
+    assert torch.isclose(terms["mse"], mse) and torch.isclose(terms["soft"], soft) and torch.isclose(terms["mixer"], mixer, rtol=1e-5)
+    assert torch.isclose(t2md.mse_loss(noise, predicted[1]), mse) and torch.isclose(t2md.soft_loss(predicted[0], predicted[1]), soft)
+    assert torch.isclose(t2md.mixer_loss(*outputs), mixer, rtol=1e-5)
+    assert loss.requires_grad and not any(t.requires_grad for t in terms.values())
+
+
+def peak_of_saved_activations(work):
+    """The most bytes that autograd holds for backward at any time while `work` runs."""
+    alive, peak = weakref.WeakSet(), 0
+
+    class Held:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+    def pack(tensor):
+        nonlocal peak
+        held = Held(tensor)
+        alive.add(held)
+        peak = max(peak, sum(h.tensor.nbytes for h in alive))
+        return held
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+        work()
+    return peak
+
+
+def test_streamed_forcing_has_the_gradients_of_the_sum_and_memory_of_one_layer():
+    x, peaks = inputs(batch=1), {}
+    for depth in (7, 28):
+        teacher = T2MD(pattern="S" * depth, pos_embed="pixart", **TINY).requires_grad_(False)
+        student = T2MD(pattern="SHWHWHW" * (depth // 7), pos_embed="pixart", **TINY)
+        arguments = (student, teacher, x["z"], x["t"], x["text"], x["mask"])
+
+        def summed():
+            t2md.forcing_loss(*arguments).backward()
+
+        def streamed():
+            t2md.forcing_loss(*arguments, backward=torch.Tensor.backward)
+
+        gradients = []
+        for work in (summed, streamed):
+            student.zero_grad()
+            peaks[depth, work.__name__] = peak_of_saved_activations(work)
+            gradients.append({n: p.grad for n, p in student.named_parameters() if p.grad is not None})
+        assert gradients[0].keys() == gradients[1].keys() and all(".mixer." in name for name in gradients[0])
+        assert all(torch.allclose(gradients[0][n], gradients[1][n], atol=1e-7) for n in gradients[0])
+    assert peaks[28, "streamed"] <= 1.01 * peaks[7, "streamed"]
+    assert peaks[28, "summed"] > 3.5 * peaks[7, "summed"]  # the measure does see depth
+
+
+@pytest.mark.parametrize("stage", ["forcing", "kd", "adapt"])
+def test_what_a_step_moves(pair, stage):
+    teacher, student = pair[0], copy.deepcopy(pair[1])
+    student.requires_grad_(False)
+    for module in train.trainable(stage, student):
+        module.requires_grad_(True)
+    before, teacher_before = copy.deepcopy(student.state_dict()), copy.deepcopy(teacher.state_dict())
+    optimizer = train.Optimizer(student, train.plan_for(stage, train.parse_arguments(["--stage", stage])) | dict(warmup=1, decay=0.0))
+    x = inputs()
+    arguments = (x["z"], x["t"], x["text"], x["mask"])
+    if stage == "forcing":
+        t2md.forcing_loss(student, teacher, *arguments, backward=torch.Tensor.backward)
+    elif stage == "kd":
+        t2md.kd_loss(student, teacher, *arguments, torch.randn_like(x["z"]))[0].backward()
+    else:
+        t2md.mse_loss(torch.randn_like(x["z"]), t2md.predict_noise(student, *arguments)).backward()
+    optimizer.step(0, clip=1.0)
+    after = student.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    expected = {"forcing": {n for n in before if ".mamba." in n or ".fuse." in n}, "kd": {n for n in before if ".mixer." in n}}.get(stage, set(before))
+    assert moved == expected
+    assert all(torch.equal(teacher_before[n], w) for n, w in teacher.state_dict().items())
+
+
+# -- 7. the sampler is diffusers' --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def components(tmp_path_factory):
+    """A tiny VAE with a shift and a scale of its own, and a tiny T5 with tokenizer, saved in a pipeline's layout."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    torch.manual_seed(0)
+    tokenizer = train.new_tokenizer()
+    encoder = train.new_text_encoder(len(tokenizer))
+    vae = AutoencoderKL(3, 3, ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4, (8, 8, 8, 8), layers_per_block=1,
+                        norm_num_groups=4, mid_block_add_attention=False, scaling_factor=0.7)
+    vae.save_pretrained(folder / "vae")
+    encoder.save_pretrained(folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return str(folder)
+
+
+@pytest.mark.parametrize("pattern, out_channels, schedule", [("SHW", 4, "scaled_linear"), ("SS", 8, "linear")])
+def test_diffusers_pipeline_gives_our_latents(components, pattern, out_channels, schedule):
+    torch.manual_seed(0)
+    model = shuffled(T2MD(pattern=pattern, beta_schedule=schedule, **TINY | dict(caption_width=64, out_channels=out_channels))).eval()
+    text_encoder, vae = TextEncoder(components), VAE(components)
+    pipeline = PixArtAlphaPipeline(tokenizer=text_encoder.tokenizer, text_encoder=text_encoder.model, vae=vae.model,
+                                   transformer=model, scheduler=sample.make_scheduler(schedule))
+    pipeline.set_progress_bar_config(disable=True)
+    prompts, noise = ["a photo of a red star", "a photo of two circles"], torch.cat([sample.noise_for(s, 4, 16, 16) for s in (1, 2)])
+    how = dict(num_inference_steps=5, guidance_scale=3.0, use_resolution_binning=False, clean_caption=False, latents=noise.clone())
+    theirs = pipeline(prompts, negative_prompt="a square", output_type="latent", **how).images
+    ours = sample.denoise(model, text_encoder(prompts), text_encoder(["a square"] * 2), noise.clone(), steps=5, guidance=3.0)
+    assert relative(ours, theirs) < 1e-4
+    image = pipeline(prompts, negative_prompt="a square", output_type="pt", **how).images
+    assert torch.allclose((vae.decode(ours) + 1) / 2, image, atol=1e-4)
+
+
+def test_text_encoder_agrees_and_truncates(components, capsys):
+    encoder = TextEncoder(components)
+    features, mask = encoder(["a photo of a star", "a photo of a red star and a blue cross"])
+    assert features.shape[:2] == mask.shape and mask.sum(1).tolist() == [6, 11]
+    alone, _ = encoder(["a photo of a star"])
+    assert torch.allclose(features[0, :6], alone[0], atol=1e-5)
+    assert capsys.readouterr().err == ""
+    features, _ = encoder(["star " * 500])
+    assert features.shape[1] == 120 and "truncated to the 120" in capsys.readouterr().err
+
+
+def test_vae_agrees_with_diffusers(components):
+    vae = VAE(components)
+    x = torch.rand(1, 3, 64, 96) * 2 - 1
+    posterior = vae.model.encode(x).latent_dist
+    mean, std = vae.moments(x)
+    assert torch.allclose(mean, posterior.mean * 0.7) and torch.allclose(std, posterior.std * 0.7) and mean.shape == (1, 4, 8, 12)
+    assert torch.allclose(vae.decode(mean), vae.model.decode(posterior.mean).sample.clamp(-1, 1), atol=1e-5)
+    assert not any(p.requires_grad for p in vae.model.parameters())
+
+
+def test_standardised_vae_is_the_same_vae():
+    torch.manual_seed(0)
+    vae = train.new_vae().requires_grad_(False)
+    same = copy.deepcopy(vae)
+    train.standardise(same, seed=0)
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    q, p = vae.encode(x).latent_dist, same.encode(x).latent_dist
+    mean, std = (q.mean - p.mean * q.std / p.std).mean((0, 2, 3)), (q.std / p.std).mean((0, 2, 3))
+    assert torch.allclose(p.mean * std[:, None, None] + mean[:, None, None], q.mean, atol=1e-4)
+    assert torch.allclose(vae.decode(q.mean).sample, same.decode(p.mean).sample, atol=1e-4)
+
+
+# -- 8. the shapes world -----------------------------------------------------------------------------------------
+
+
+def test_captions_follow_genevals_grammar():
+    rng = np.random.default_rng(0)
+    prompts = {tag: {train.make_record(tag, rng)["prompt"] for _ in range(4000)} for tag in train.TAGS}
+    assert prompts["single_object"] == {f"a photo of a {s}" for s in train.SHAPES}
+    assert "a photo of three crosses" in prompts["counting"] and "a photo of two circles" in prompts["counting"] and len(prompts["counting"]) == 12
+    assert "a photo of a star and a square" in prompts["two_object"] and "a photo of a red circle" in prompts["colors"]
+    assert "a photo of a circle left of a star" in prompts["position"] and len(prompts["position"]) == 48
+    assert "a photo of a red circle and a blue square" in prompts["color_attr"] and len(prompts["color_attr"]) == 360
+    record = next(r for r in (train.make_record("position", rng) for _ in range(1000)) if r["prompt"] == "a photo of a circle left of a star")
+    assert record["include"] == [{"class": "star", "count": 1}, {"class": "circle", "count": 1, "position": ["left of", 0]}]
+    with pytest.raises(ValueError, match="unknown tag"):
+        train.make_record("colour", rng)
+
+
+def contradicts(a, b):
+    """Is every picture of record b wrong for record a? (Different objects, or the opposite position.)"""
+    objects = lambda r: sorted((o["class"], o["count"]) for o in r["include"])
+    if objects(a) != objects(b):
+        return True
+    colours = lambda r: {o["class"]: o.get("color") for o in r["include"]}
+    if any(colours(a)[c] and colours(b)[c] and colours(a)[c] != colours(b)[c] for c in colours(a)):
+        return True
+    opposite = dict(zip(train.POSITIONS, ("right of", "left of", "below", "above")))
+    if a["tag"] == b["tag"] == "position":
+        where = lambda r: (r["include"][1]["class"], r["include"][1]["position"][0])
+        same_subject = where(a)[0] == where(b)[0]
+        return where(b)[1] == (opposite[where(a)[1]] if same_subject else where(a)[1])
+    return False
+
+
+@pytest.mark.parametrize("tag", train.TAGS)
+@pytest.mark.parametrize("size", [128, (256, 192)])
+def test_the_detector_is_right_on_ground_truth(tag, size):
+    rng = np.random.default_rng(1)
+    records = [train.make_record(tag, rng) for _ in range(100)]
+    pictures = [train.draw_shapes(record, size, rng) for record in records]
+    assert pictures[0].size == (size if isinstance(size, tuple) else (size, size))
+    assert np.mean([train.score_shapes(p, r) for p, r in zip(pictures, records)]) >= 0.99
+    pairs = [(p, b) for (p, a), b in zip(zip(pictures, records), records[1:] + records[:1]) if contradicts(b, a)]
+    assert len(pairs) > 20
+    assert np.mean([not train.score_shapes(p, b) for p, b in pairs]) >= 0.99
+
+
+def test_the_detector_is_strict():
+    record = {"tag": "single_object", "include": [{"class": "circle", "count": 1}], "prompt": "a photo of a circle"}
+    picture = train.draw_shapes(record, 128, np.random.default_rng(0))
+    assert train.score_shapes(picture, record)
+    blurred = picture.resize((12, 12), Image.BOX).resize((128, 128), Image.BICUBIC)
+    noisy = Image.fromarray(np.uint8(np.clip(np.asarray(picture, float) + np.random.default_rng(0).normal(0, 60, (128, 128, 3)), 0, 255)))
+    extra = picture.copy()
+    extra.paste((220, 50, 47), (2, 2, 10, 10))
+    grey = Image.fromarray(np.uint8(np.asarray(picture, float) * 0.7))
+    for wrong in (blurred, noisy, extra, grey, Image.new("RGB", (128, 128), train.BACKGROUND)):
+        assert not train.score_shapes(wrong, record)
+
+
+def test_pictures_come_from_their_seed_and_scale():
+    record = {"tag": "two_object", "include": [{"class": "star", "count": 1}, {"class": "cross", "count": 1}], "prompt": ""}
+    draw = lambda size: np.asarray(train.draw_shapes(record, size, np.random.default_rng(5)), float)
+    assert np.array_equal(draw(128), draw(128))
+    assert np.abs(np.asarray(Image.fromarray(np.uint8(draw(512))).reduce(4), float) - draw(128)).mean() < 2
+
+
+def test_heldout_captions_are_never_trained_on():
+    held = {r["prompt"] for r in train.heldout_records(552, 0) if r["tag"] in ("two_object", "position", "color_attr")}
+    rng = np.random.default_rng(0)
+    trained = {train.training_record(rng)["prompt"] for _ in range(5000)}
+    assert len(held) > 40 and not held & trained
+    tags = [r["tag"] for r in train.heldout_records(552, 0)]
+    assert all(tags.count(tag) == 92 for tag in train.TAGS)
+
+
+def test_every_word_of_the_world_is_a_token():
+    tokenizer = train.new_tokenizer()
+    rng = np.random.default_rng(0)
+    for tag in train.TAGS * 20:
+        prompt = train.make_record(tag, rng)["prompt"]
+        assert len(tokenizer(prompt).input_ids) == len(prompt.split()) + 1
+        assert tokenizer.decode(tokenizer(prompt).input_ids, skip_special_tokens=True) == prompt
+    assert tokenizer("zebra, 7?").input_ids.count(tokenizer.unk_token_id) == 0
+    assert train.word_labels("a photo of a red circle and a blue square")[4:6] == [[0, 1, 1, 0]] * 2
+    assert [w[3] for w in train.word_labels("a photo of a star above a cross")] == [-100, -100, -100, -100, 3, -100, -100, 4]
+
+
+def test_draws_depend_on_their_place_alone():
+    values = {(s, i): torch.rand(3, generator=train.draw(0, "kd", s, i)) for s in range(3) for i in range(3)}
+    again = torch.rand(3, generator=train.draw(0, "kd", 2, 1))
+    assert torch.equal(values[2, 1], again)
+    assert len({tuple(v.tolist()) for v in values.values()}) == 9
+    assert not torch.equal(again, torch.rand(3, generator=train.draw(1, "kd", 2, 1)))
+
+
+# -- 9. the commands ---------------------------------------------------------------------------------------------
+
+
+def fingerprint(*folders):
+    """Of every byte of the model files in some folders."""
+    paths = [os.path.join(f, name) for f in folders for name in sorted(os.listdir(f)) if name.endswith((".safetensors", ".json"))]
+    return {path: hashlib.sha256(open(path, "rb").read()).hexdigest() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """The whole path in miniature, from no weights at all: every stage a few steps."""
+    out = str(tmp_path_factory.mktemp("chain"))
+    result = run("train.py", "--stage", "all", "--steps", "2", "--batch-size", "4", "--out", out)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+def raw_weights(out, stage):
+    return torch.load(os.path.join(out, stage, "training_state.pt"), weights_only=True)["network"]
+
+
+def test_the_chain_trains_what_it_should(chain):
+    for stage in ("vae", "vae_adapt", "text_encoder", "text_encoder_adapt", *train.CHAIN):
+        log = [json.loads(line) for line in open(os.path.join(chain, stage, "log.jsonl"))]
+        assert [entry["step"] for entry in log] == [0, 1] and not any(entry["skipped"] for entry in log)
+    for stage in train.CHAIN:
+        assert Image.open(os.path.join(chain, stage, "step-000002.png")).size == (12 * 128, 2 * 128)
+        config = json.load(open(os.path.join(chain, stage, "config.json")))
+        adapted = stage in ("adapt", "hires1", "hires2")
+        assert config["pattern"] == ("SSSSSSS" if stage == "teacher" else "SHWHWHW")
+        assert config["pos_embed"] == ("centered" if adapted else "pixart")
+        assert config["beta_schedule"] == ("scaled_linear" if adapted else "linear")
+        assert config["vae"] == ("../vae_adapt" if adapted else "../vae")
+        assert config["text_encoder"] == ("../text_encoder_adapt" if adapted else "../text_encoder")
+    teacher = T2MD.from_pretrained(os.path.join(chain, "teacher")).state_dict()
+    weights = {stage: raw_weights(chain, stage) for stage in train.CHAIN}
+    exported = {stage: T2MD.from_pretrained(os.path.join(chain, stage)).state_dict() for stage in train.CHAIN}
+    for name, weight in weights["forcing"].items():
+        if ".mamba." not in name and ".fuse." not in name:
+            assert torch.equal(weight, teacher[name]), name
+    for name, weight in weights["kd"].items():
+        assert torch.equal(weight, exported["forcing"][name]) == (".mixer." not in name), name
+    for before, after in zip(("kd", "adapt", "hires1"), ("adapt", "hires1", "hires2")):
+        assert not any(torch.equal(w, exported[before][name]) for name, w in weights[after].items())
+
+
+def test_continuing_is_as_if_never_stopped(chain, tmp_path, monkeypatch, capsys):
+    """A kd run that dies in step 3 of 4 and is started again equals one that does not: weights, EMA, optimiser, log."""
+    frozen = [os.path.join(chain, name) for name in ("teacher", "vae", "text_encoder")]
+    before = fingerprint(*frozen)
+    command = ["--stage", "kd", "--steps", "4", "--batch-size", "2", "--save-every", "2", "--teacher", frozen[0], "--out"]
+    monkeypatch.setattr(train, "sample_records", lambda model, *_, **__: [Image.new("RGB", (8, 8))] * 12)
+    for name in ("whole", "stopped"):
+        shutil.copytree(os.path.join(chain, "forcing"), tmp_path / name / "forcing")
+        for part in ("vae", "text_encoder"):
+            shutil.copytree(os.path.join(chain, part), tmp_path / name / part)
+    whole, stopped = (command + [str(tmp_path / name)] for name in ("whole", "stopped"))
+    train.run_stage("kd", train.parse_arguments(whole))
+
+    calls, kd_loss = [], train.kd_loss
+    monkeypatch.setattr(train, "kd_loss", lambda *a, **k: (calls.append(1), kd_loss(*a, **k))[1] if len(calls) < 3 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.run_stage("kd", train.parse_arguments(stopped))
+    monkeypatch.setattr(train, "kd_loss", kd_loss)
+    assert train.saved_step(tmp_path / "stopped" / "kd") == (2, 4)
+    train.run_stage("kd", train.parse_arguments(stopped))
+    assert "kd: continuing after step 2 of 4" in capsys.readouterr().out
+
+    states = [torch.load(tmp_path / name / "kd" / "training_state.pt", weights_only=True) for name in ("whole", "stopped")]
+    for part in ("network", "ema", "optimizer"):
+        flat = [torch.utils._pytree.tree_leaves(state[part]) for state in states]
+        assert len(flat[0]) == len(flat[1]) > 0
+        assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(*flat)), part
+    read = lambda name: [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in open(tmp_path / name / "kd" / "log.jsonl")]
+    assert read("whole") == read("stopped") and len(read("whole")) == 4
+    train.run_stage("kd", train.parse_arguments(whole))
+    assert "kd is finished: 4 steps" in capsys.readouterr().out
+    assert fingerprint(*frozen) == before
+
+
+def test_a_missing_stage_is_run_first(chain, tmp_path, monkeypatch, capsys):
+    ran = []
+    original = train.fit
+    monkeypatch.setattr(train, "fit", lambda stage, folder, network, step_loss, plan, *rest: (ran.append(stage), original(stage, folder, network, step_loss, plan | dict(steps=1, batch_size=2), *rest)))
+    monkeypatch.setattr(train, "sample_records", lambda model, *_, **__: [Image.new("RGB", (8, 8))] * 12)
+    monkeypatch.setattr(train, "ShapesData", functools.partial(few_pictures, train.ShapesData))
+    train.run_stage("kd", train.parse_arguments(["--stage", "kd", "--steps", "1", "--teacher", os.path.join(chain, "teacher"), "--out", str(tmp_path)]))
+    assert ran == ["forcing", "kd"]
+    assert "kd starts from forcing, which is not there yet: running forcing first" in capsys.readouterr().out
+
+
+def few_pictures(original, pixels, count, *rest):
+    return original(pixels, 4, *rest)
+
+
+def test_eval_prints_and_writes_scores(chain, tmp_path):
+    folders = [os.path.join(chain, stage) for stage in ("teacher", "kd")]
+    result = run("train.py", "--stage", "eval", "--records", "6", "--out", str(tmp_path), "--model", folders[0], "--model", folders[1])
+    assert result.returncode == 0, result.stderr
+    scores = json.load(open(tmp_path / "eval.json"))
+    assert list(scores) == folders and all(set(s) == {*train.TAGS, "overall"} for s in scores.values())
+    assert result.stdout.count("\n") == 4 and all(tag in result.stdout for tag in (*train.TAGS, "overall"))
+
+
+def test_evaluate_counts_what_the_detector_sees(monkeypatch):
+    records = train.heldout_records(12, 0)
+    right = [train.draw_shapes(r, 128, np.random.default_rng(k)) for k, r in enumerate(records)]
+    monkeypatch.setattr(train, "sample_records", lambda *_: right[:6] + [Image.new("RGB", (128, 128), train.BACKGROUND)] * 6)
+    assert train.evaluate(None, None, None, records, 128) == {**{tag: 0.5 for tag in train.TAGS}, "overall": 0.5}
+
+
+def test_sample_command(chain, tmp_path):
+    model = os.path.join(chain, "hires2")
+    command = ["sample.py", "a photo of a red circle", "--model", model, "--steps", "2", "--seed", "5", "--out", str(tmp_path)]
+    for n in (1, 2):
+        result = run(*command, "--size", "60x130")
+        assert result.returncode == 0, result.stderr
+        assert "rounded to 64x128" in result.stderr and len(os.listdir(tmp_path)) == n
+        assert result.stdout.strip() == os.path.join(tmp_path, f"a-photo-of-a-red-circle-5{'' if n == 1 else '-1'}.png")
+    first, second = (Image.open(tmp_path / name) for name in sorted(os.listdir(tmp_path)))
+    assert first.size == (64, 128) and np.array_equal(np.asarray(first), np.asarray(second))
+    assert first.text["prompt"] == "a photo of a red circle" and first.text["seed"] == "5"
+    settings = json.loads(first.text["settings"])
+    assert settings["steps"] == 2 and settings["guidance"] == 4.5 and settings["size"] == [64, 128] and settings["model"] == model
+
+
+def test_sample_writes_genevals_layout_and_resumes(chain, tmp_path):
+    prompts = tmp_path / "metadata.jsonl"
+    records = train.heldout_records(3, 0)
+    prompts.write_text("".join(json.dumps(r) + "\n" for r in records))
+    command = ["sample.py", "--prompts", str(prompts), "--n", "2", "--model", os.path.join(chain, "kd"), "--steps", "2", "--out", str(tmp_path / "out")]
+    assert run(*command).returncode == 0
+    for i, record in enumerate(records):
+        folder = tmp_path / "out" / f"{i:05d}"
+        assert json.loads((folder / "metadata.jsonl").read_text()) == record
+        assert sorted(os.listdir(folder / "samples")) == ["00000.png", "00001.png"]
+    kept = tmp_path / "out" / "00001" / "samples" / "00001.png"
+    (tmp_path / "out" / "00002" / "samples" / "00000.png").unlink()
+    before = kept.stat().st_mtime_ns
+    result = run(*command)
+    assert result.returncode == 0 and result.stdout.count(".png") == 1 and kept.stat().st_mtime_ns == before
+    text = tmp_path / "prompts.txt"
+    text.write_text("a photo of a star\n\na photo of a cross\n")
+    assert [r["prompt"] for r in sample.read_prompts(str(text))] == ["a photo of a star", "a photo of a cross"]
+
+
+def test_tiled_decode_matches_plain_decode_away_from_seams(components):
+    vae = VAE(components)
+    latents = torch.randn(1, 4, 24, 24, generator=torch.Generator().manual_seed(0))
+    plain, tiled = vae.decode(latents), vae.decode(latents, tile=128)
+    assert vae.model.use_tiling and tiled.shape == plain.shape
+    assert (tiled - plain)[..., :64, :64].abs().max() < 0.05
+
+
+# -- 10. bad input: one sentence, a non-zero exit, nothing lost ------------------------------------------------------
+
+
+def refused(result, *words):
+    error = result.stderr.strip()
+    assert result.returncode != 0 and "Traceback" not in error, error
+    assert all(word in error for word in words), error
+    assert len(error.splitlines()[-1]) > 20
+
+
+def test_unknown_stage():
+    refused(run("train.py", "--stage", "distill"), "invalid choice", "kd")
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["a star", "--size", "0"], ["--size 0 is no size"]),
+    (["a star", "--size", "-64x64"], ["is no size"]),
+    (["a star", "--size", "big"], ["is no size"]),
+    (["  "], ["the prompt is empty"]),
+    ([], ["give one prompt"]),
+    (["a star", "--n", "0"], ["at least 1"]),
+    (["a star", "--model", "/nowhere/at/all"], ["/nowhere/at/all"]),
+    (["--prompts", "/nowhere.txt"], ["/nowhere.txt"]),
+])
+def test_sample_refuses(chain, tmp_path, arguments, words):
+    model = [] if "--model" in arguments else ["--model", os.path.join(chain, "kd")]
+    refused(run("sample.py", *arguments, *model, "--out", str(tmp_path)), *words)
+    assert os.listdir(tmp_path) == []
+
+
+def test_broken_prompt_file(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a star"}\n{"tag": "x"}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        sample.read_prompts(str(path))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "config", "width", "missing"])
+def test_damaged_checkpoints_are_refused(chain, tmp_path, damage):
+    folder = tmp_path / "kd"
+    shutil.copytree(os.path.join(chain, "kd"), folder)
+    for part in ("vae", "text_encoder"):
+        shutil.copytree(os.path.join(chain, part), tmp_path / part)
+    weights, config = folder / "diffusion_pytorch_model.safetensors", folder / "config.json"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "config":
+        config.write_text(config.read_text()[:50])
+    elif damage == "width":
+        config.write_text(config.read_text().replace('"width": 128', '"width": 64'))
+    else:
+        weights.unlink()
+    refused(run("sample.py", "a star", "--model", str(folder), "--out", str(tmp_path / "out")), "sample.py:")
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_training_state_is_refused_and_kept(chain, tmp_path):
+    shutil.copytree(os.path.join(chain, "forcing"), tmp_path / "forcing")
+    state = tmp_path / "forcing" / "training_state.pt"
+    state.write_bytes(b"half")
+    refused(run("train.py", "--stage", "forcing", "--out", str(tmp_path), "--teacher", os.path.join(chain, "teacher")), "training_state.pt")
+    assert state.read_bytes() == b"half"
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_checkpoint_intact(chain, tmp_path, monkeypatch):
+    network = torch.nn.Linear(2, 2)
+    args = train.parse_arguments(["--stage", "kd"])
+    plan = train.plan_for("kd", args) | dict(steps=30, save_every=2)
+    export = lambda folder: train.write_atomically(os.path.join(folder, "model"), lambda path: torch.save(network.state_dict(), path))
+
+    def step_loss(step, backward, bad=range(4, 30)):
+        loss = network(torch.ones(1, 2)).square().sum() * (float("nan") if step in bad else 1.0)
+        backward(loss)
+        return dict(loss=loss.detach())
+
+    with pytest.raises(FloatingPointError, match="not finite ten steps in a row"):
+        train.fit("kd", str(tmp_path), network, step_loss, plan | dict(save_every=4), args, export)
+    assert train.saved_step(str(tmp_path)) == (12, 30)
+    assert all(torch.isfinite(w).all() for w in torch.load(tmp_path / "training_state.pt", weights_only=True)["network"].values())
+    skipped = [json.loads(line)["skipped"] for line in open(tmp_path / "log.jsonl")]
+    assert skipped == [False] * 4 + [True] * 9
+
+
+def test_no_space_left_keeps_the_previous_checkpoint(tmp_path):
+    path = tmp_path / "state"
+    train.write_atomically(str(path), lambda p: open(p, "w").write("old"))
+
+    def full(p):
+        open(p, "w").write("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        train.write_atomically(str(path), full)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["state"]
+
+
+# -- 11. what is shipped, and the README ------------------------------------------------------------------------------
+
+SHIPPED = os.path.join(HERE, "assets")
+
+
+def test_shipped_weights_are_small_and_whole():
+    size = sum(os.path.getsize(os.path.join(folder, name)) for folder, _, names in os.walk(SHIPPED) for name in names)
+    assert size <= 20 * 2**20
+    for name in ("teacher", "student"):
+        model = sample.load_denoiser(os.path.join(SHIPPED, name))
+        vae, text_encoder = sample.load_parts(model, os.path.join(SHIPPED, name))
+        assert all(torch.isfinite(p).all() for p in model.parameters()) and vae.channels == 4 and text_encoder.width == 64
+
+
+def test_readme_sample_command(tmp_path):
+    command = 'python sample.py "a photo of a red circle and a blue square"'
+    assert command in open(os.path.join(HERE, "README.md")).read()
+    result = run("sample.py", "a photo of a red circle and a blue square", "--out", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert Image.open(result.stdout.strip()).size == (128, 128)
