@@ -39,7 +39,8 @@ def load_denoiser(path_or_repo, device="cpu", dtype=torch.float32, **overrides):
     Raises FileNotFoundError if there is none or it is half-written, ValueError if its config does not fit.
     """
     model = T2MD.from_pixart(path_or_repo, **overrides)
-    return torch.nn.Module.to(model, device, dtype).eval().requires_grad_(False)  # diffusers' own `to` warns of modules that it does not have
+    # nn.Module's `to`: diffusers' own warns of float32 modules that this model does not have
+    return torch.nn.Module.to(model, device, dtype).eval().requires_grad_(False)
 
 
 def component_path(checkpoint, reference):
@@ -74,7 +75,8 @@ def size_conditions(model, height, width, batch):
     if not model.conditioned_on_size:
         return {}
     like = dict(device=model.device, dtype=model.dtype)
-    return dict(resolution=torch.tensor([[height, width]] * batch, **like), aspect_ratio=torch.tensor([[height / width]] * batch, **like))
+    return dict(resolution=torch.tensor([[height, width]] * batch, **like),
+                aspect_ratio=torch.tensor([[height / width]] * batch, **like))
 
 
 @torch.no_grad()
@@ -160,7 +162,7 @@ def read_prompts(path):
                 if not record["prompt"].strip():
                     raise KeyError
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError(f"{path}, line {number}, has no prompt: a .jsonl needs one JSON object a line with a \"prompt\"") from None
+                raise ValueError(f'{path}, line {number}, has no prompt: a .jsonl needs a JSON object with a "prompt" in each line') from None
             records.append(record)
     if not records:
         raise ValueError(f"{path} holds no prompts")
@@ -195,9 +197,11 @@ def free_path(folder, prompt, seed):
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description="Sample images from a T2MD checkpoint.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Sample images from a T2MD checkpoint, at any size.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("prompt", nargs="?", help="what to draw")
-    parser.add_argument("--prompts", help="a .txt with a prompt a line, or GenEval's metadata .jsonl: writes GenEval's folder layout, skips what is there")
+    parser.add_argument("--prompts", help="a .txt with a prompt a line, or GenEval's metadata .jsonl: writes GenEval's folder layout, "
+                                          "skips what is there")
     parser.add_argument("--model", default=SHIPPED, help="a T2MD checkpoint, or a diffusers PixArt folder or repository")
     parser.add_argument("--size", help="pixels, 2048 or 3840x2160 (width x height); the model's base size if not given")
     parser.add_argument("--n", type=int, default=1, help="images for each prompt, from seeds seed, seed + 1, ...")
@@ -224,6 +228,8 @@ def main():
         run(args)
     except (OSError, ValueError) as error:
         sys.exit(f"sample.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("sample.py: stopped; the pictures finished so far are saved")
 
 
 def run(args):

@@ -127,7 +127,8 @@ class TextEncoder:
         """
         tokens = self.tokenizer(list(captions), padding="longest", truncation=False, return_tensors="pt")
         if tokens.input_ids.shape[1] > self.max_length:
-            print(f"a prompt of {tokens.input_ids.shape[1]} tokens was truncated to the {self.max_length} the text encoder takes", file=sys.stderr)
+            print(f"a prompt of {tokens.input_ids.shape[1]} tokens was truncated to the {self.max_length} the text encoder takes",
+                  file=sys.stderr)
             tokens = self.tokenizer(list(captions), padding="longest", truncation=True, max_length=self.max_length, return_tensors="pt")
         tokens = tokens.to(self.model.device)
         features = self.model(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
@@ -306,8 +307,8 @@ class GatedRMSNorm(nn.Module):
 class Mamba2(nn.Module):
     """The Mamba-2 layer over a sequence, u (b, l, d) -> (b, l, d), causal.
 
-    Parameter names and shapes are mamba-ssm's `Mamba2` (and, but for `dt_bias` and friends' order,
-    transformers' `Mamba2Mixer`), so that weights move between them unchanged.
+    Parameter names and shapes are those of mamba-ssm's `Mamba2` and transformers' `Mamba2Mixer`, so that
+    weights move between them unchanged.
 
     Args: width d; d_state N; expand (inner width = expand * d); head_dim P; d_conv; n_groups; chunk_size.
     Raises ValueError if the inner width is no multiple of head_dim or the heads no multiple of n_groups.
@@ -569,7 +570,7 @@ class T2MD(ModelMixin, ConfigMixin):
         embedded = self.timestep_embedder(timestep)
         if self.conditioned_on_size:
             if not added_cond_kwargs or added_cond_kwargs.get("resolution") is None:
-                raise ValueError("this model is conditioned on size: added_cond_kwargs needs `resolution` (B, 2) and `aspect_ratio` (B, 1)")
+                raise ValueError("this model is conditioned on size: added_cond_kwargs needs resolution (B, 2) and aspect_ratio (B, 1)")
             resolution = self.resolution_embedder(added_cond_kwargs["resolution"].flatten()).reshape(batch, -1)
             aspect = self.aspect_ratio_embedder(added_cond_kwargs["aspect_ratio"].flatten()).reshape(batch, -1)
             embedded = embedded + torch.cat([resolution, aspect], dim=1)

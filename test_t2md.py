@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -717,18 +718,19 @@ def few_pictures(original, pixels, count, *rest):
 
 def test_eval_prints_and_writes_scores(chain, tmp_path):
     folders = [os.path.join(chain, stage) for stage in ("teacher", "kd")]
-    result = run("train.py", "--stage", "eval", "--records", "6", "--out", str(tmp_path), "--model", folders[0], "--model", folders[1])
+    result = run("train.py", "--stage", "eval", "--records", "6", "--out", str(tmp_path), "--zero-shot", "256", "--model", *folders)
     assert result.returncode == 0, result.stderr
     scores = json.load(open(tmp_path / "eval.json"))
+    assert Image.open(tmp_path / "eval.png").size == (6 * 128, 3 * 128)
     assert list(scores) == folders and all(set(s) == {*train.TAGS, "overall"} for s in scores.values())
     assert result.stdout.count("\n") == 4 and all(tag in result.stdout for tag in (*train.TAGS, "overall"))
 
 
-def test_evaluate_counts_what_the_detector_sees(monkeypatch):
+def test_evaluate_counts_what_the_detector_sees():
     records = train.heldout_records(12, 0)
     right = [train.draw_shapes(r, 128, np.random.default_rng(k)) for k, r in enumerate(records)]
-    monkeypatch.setattr(train, "sample_records", lambda *_: right[:6] + [Image.new("RGB", (128, 128), train.BACKGROUND)] * 6)
-    assert train.evaluate(None, None, None, records, 128) == {**{tag: 0.5 for tag in train.TAGS}, "overall": 0.5}
+    images = right[:6] + [Image.new("RGB", (128, 128), train.BACKGROUND)] * 6
+    assert train.evaluate(images, records) == {**{tag: 0.5 for tag in train.TAGS}, "overall": 0.5}
 
 
 def test_sample_command(chain, tmp_path):
@@ -790,7 +792,7 @@ def test_unknown_stage():
 
 @pytest.mark.parametrize("arguments, words", [
     (["a star", "--size", "0"], ["--size 0 is no size"]),
-    (["a star", "--size", "-64x64"], ["is no size"]),
+    (["a star", "--size=-64x64"], ["is no size"]),
     (["a star", "--size", "big"], ["is no size"]),
     (["  "], ["the prompt is empty"]),
     ([], ["give one prompt"]),
@@ -868,6 +870,21 @@ def test_no_space_left_keeps_the_previous_checkpoint(tmp_path):
     with pytest.raises(OSError, match="No space left"):
         train.write_atomically(str(path), full)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["state"]
+
+
+@pytest.mark.parametrize("limit", [100_000, 6_000_000])  # too small for the model file; large enough for it, not for the state
+def test_a_save_that_fails_keeps_the_previous_checkpoint(chain, tmp_path, limit):
+    for part in ("forcing", "kd", "vae", "text_encoder"):
+        shutil.copytree(os.path.join(chain, part), tmp_path / part)
+    for path in (tmp_path / "kd").glob("*.png"):
+        path.unlink()
+    state = (tmp_path / "kd" / "training_state.pt").read_bytes()
+    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # as good as a full disk
+    command = ["train.py", "--stage", "kd", "--steps", "3", "--batch-size", "2", "--out", str(tmp_path), "--teacher", os.path.join(chain, "teacher")]
+    refused(run(*command, preexec_fn=full), "train.py:")
+    assert (tmp_path / "kd" / "training_state.pt").read_bytes() == state
+    assert sample.load_denoiser(str(tmp_path / "kd")).config.pattern == "SHWHWHW"
+    assert not [name for name in os.listdir(tmp_path / "kd") if name.endswith(".tmp")]
 
 
 # -- 11. what is shipped, and the README ------------------------------------------------------------------------------

@@ -38,11 +38,12 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image, ImageDraw
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from sample import component_path, generate, load_denoiser, load_parts
+from sample import component_path, generate, load_denoiser, load_parts, read_prompts
 from t2md import T2MD, VAE, MambaMixer, TextEncoder, forcing_loss, kd_loss, mse_loss, predict_noise
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -129,8 +130,8 @@ def draw_object(draw, shape, colour, x, y, r):
         a = 0.34
         points = [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]
     else:  # a five-pointed star, stretched to fill its box
-        points = [(math.sin(k * math.pi / 5) * (0.45, 1)[k % 2 == 0], -math.cos(k * math.pi / 5) * (0.45, 1)[k % 2 == 0]) for k in range(10)]
-        points = [(u / 0.9511, (v - -1) / 0.9045 - 1) for u, v in points]
+        tips = [(math.sin(k * math.pi / 5), -math.cos(k * math.pi / 5), (1, 0.45)[k % 2]) for k in range(10)]
+        points = [(u * length / 0.9511, (v * length + 1) / 0.9045 - 1) for u, v, length in tips]
     draw.polygon([(x + r * u, y + r * v) for u, v in points], fill=colour)
 
 
@@ -236,7 +237,8 @@ def score_shapes(image, record):
     objects = detect_shapes(image)
     if objects is None or len(objects) != sum(o["count"] for o in record["include"]):
         return False
-    found = [[box for shape, colour, box in objects if shape == o["class"] and o.get("color", colour) == colour] for o in record["include"]]
+    is_one = lambda shape, colour, o: shape == o["class"] and colour == o.get("color", colour)
+    found = [[box for shape, colour, box in objects if is_one(shape, colour, o)] for o in record["include"]]
     for boxes, wanted in zip(found, record["include"]):
         if len(boxes) != wanted["count"]:
             return False
@@ -267,7 +269,7 @@ CONFIGS = {
         stages=dict(
             vae=TOY | dict(steps=3000, batch_size=16, lr=2e-3, decay=0.5, muon=False),
             text_encoder=TOY | dict(steps=1500, batch_size=128, lr=2e-3, muon=False),
-            teacher=TOY | dict(steps=5500, batch_size=64, lr=2e-3, timesteps=(520, 200)),
+            teacher=TOY | dict(steps=10000, batch_size=64, lr=2e-3, timesteps=(520, 200)),
             forcing=TOY | dict(steps=400, batch_size=32, lr=2e-3, pictures=8_000),
             kd=TOY | dict(steps=800, batch_size=32, lr=1e-3, pictures=8_000),
             adapt=TOY | dict(steps=1500, batch_size=32, lr=1e-3, pictures=8_000),
@@ -276,8 +278,8 @@ CONFIGS = {
         ),
     ),
     "t2md": dict(  # the paper's; its optimiser is not given, so PixArt-alpha's own is used
-        out="runs/t2md", teacher="PixArt-alpha/PixArt-XL-2-512x512", base_pixels=512, pattern="SHWHWHW" * 4, ema=0.9999, checkpointing=True,
-        adapt=dict(vae="stabilityai/sdxl-vae", text_encoder="google/flan-t5-xxl"), save_dtype=torch.float32,
+        out="runs/t2md", teacher="PixArt-alpha/PixArt-XL-2-512x512", base_pixels=512, pattern="SHWHWHW" * 4, ema=0.9999,
+        adapt=dict(vae="stabilityai/sdxl-vae", text_encoder="google/flan-t5-xxl"), checkpointing=True, save_dtype=torch.float32,
         stages=dict(
             forcing=PIXART | dict(steps=20_000, lr=1e-4, clip=1.0),
             kd=PIXART | dict(steps=180_000, mamba_lr=1e-4, clip=0.1),
@@ -359,7 +361,8 @@ class ShapesData:
             noise.append(torch.randn(mean.shape, generator=g))
         mask = self.mask[rows]
         length = int(mask.sum(1).max())
-        return dict(z0=torch.stack(z0), noise=torch.stack(noise), t=torch.stack(t), text=self.features[rows][:, :length], mask=mask[:, :length])
+        text, mask = self.features[rows][:, :length], mask[:, :length]
+        return dict(z0=torch.stack(z0), noise=torch.stack(noise), t=torch.stack(t), text=text, mask=mask)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -398,7 +401,8 @@ def vae_loss(vae, stage, step, batch_size, seed):
 def standardise(vae, seed):
     """Fold each latent channel's mean and standard deviation into the VAE's 1x1 convolutions, so that latents
     are N(0, 1)-like with scaling_factor 1, as a diffusion model wants them. Changes no reconstruction."""
-    images = to_pixels([draw_shapes(training_record(rng), 128, rng) for rng in (np.random.default_rng([seed, 2, k]) for k in range(256))])
+    draws = [np.random.default_rng([seed, 2, k]) for k in range(256)]
+    images = to_pixels([draw_shapes(training_record(rng), 128, rng) for rng in draws])
     means = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in images.split(32)])
     mean, std = means.mean((0, 2, 3)), means.std((0, 2, 3))
     into, out = vae.quant_conv, vae.post_quant_conv  # rows of `into`: means, then log variances
@@ -528,6 +532,8 @@ def write_atomically(path, write):
     try:
         write(path + ".tmp")
         os.replace(path + ".tmp", path)
+    except RuntimeError as error:  # what torch.save makes of a full disk
+        raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}); what was there is as it was") from error
     finally:
         if os.path.isfile(path + ".tmp"):
             os.remove(path + ".tmp")
@@ -537,7 +543,10 @@ def save_model(model, folder, dtype=torch.float32):
     """save_pretrained, in `dtype`, into a temporary folder; then rename file by file into `folder`."""
     temporary = folder.rstrip("/") + ".tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    copy.deepcopy(model)._apply(lambda w: w.to(dtype)).save_pretrained(temporary)
+    try:
+        copy.deepcopy(model)._apply(lambda w: w.to(dtype)).save_pretrained(temporary)
+    except SafetensorError as error:
+        raise OSError(f"{folder} could not be written ({error}); what was there is as it was") from error
     os.makedirs(folder, exist_ok=True)
     for name in os.listdir(temporary):
         os.replace(os.path.join(temporary, name), os.path.join(folder, name))
@@ -553,7 +562,8 @@ def saved_step(folder):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return state["step"], state["steps"]
     except Exception as error:
-        raise ValueError(f"{path} is no readable training state ({type(error).__name__}); move it away to train this stage again") from error
+        reason = f"is no readable training state ({type(error).__name__}); move it away to train this stage again"
+        raise ValueError(f"{path} {reason}") from error
 
 
 def fit(stage, folder, network, step_loss, plan, args, export, show=None):
@@ -586,11 +596,13 @@ def fit(stage, folder, network, step_loss, plan, args, export, show=None):
         if show:
             show(os.path.join(folder, f"step-{step:06d}.png"))
         ema.restore(network.parameters())
-        state = dict(step=step, steps=plan["steps"], network=network.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
+        state = dict(step=step, steps=plan["steps"], network=network.state_dict(), ema=ema.state_dict(),
+                     optimizer=optimizer.state_dict())
         write_atomically(state_path, lambda path: torch.save(state, path))
 
     not_finite = 0
-    with open(log_path, "a") as log, tqdm(range(start, plan["steps"]), initial=start, total=plan["steps"], desc=stage, mininterval=1) as bar:
+    bar = tqdm(range(start, plan["steps"]), initial=start, total=plan["steps"], desc=stage, mininterval=1)
+    with bar, open(log_path, "a") as log:
         for step in bar:
             began = time.time()
             with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
@@ -599,7 +611,8 @@ def fit(stage, folder, network, step_loss, plan, args, export, show=None):
             finite = all(map(math.isfinite, terms.values()))
             not_finite = 0 if finite else not_finite + 1
             if not_finite == 10:
-                raise FloatingPointError(f"{stage}: the loss was not finite ten steps in a row (step {step}); the last checkpoint in {folder} is as it was. Try a smaller --lr")
+                raise FloatingPointError(f"{stage}: the loss was not finite ten steps in a row (step {step}); "
+                                         f"the last checkpoint in {folder} is as it was. Try a smaller --lr")
             if finite:
                 terms["gradient"] = float(optimizer.step(step, plan["clip"]))
                 ema.step(network.parameters())
@@ -822,35 +835,41 @@ def side_by_side(*rows):
     return grid
 
 
-def evaluate(model, vae, text_encoder, records, pixels, seed=0):
+def evaluate(images, records):
     """GenEval in miniature -> {tag: share of right pictures, "overall": mean over the tags that occur}."""
-    images = sample_records(model, vae, text_encoder, records, pixels, seed)
     right = {}
-    for image, record in zip(images, records):
+    for image, record in zip(images, records, strict=True):
         right.setdefault(record["tag"], []).append(score_shapes(image, record))
     scores = {tag: float(np.mean(right[tag])) for tag in TAGS if tag in right}
     return scores | {"overall": float(np.mean(list(scores.values())))}
 
 
 def run_eval(args):
-    """Score checkpoints beside each other on held-out records; prints a table, writes OUT/eval.json."""
-    if args.prompts:
-        records = [json.loads(line) for line in open(args.prompts) if line.strip()]
-    else:
-        records = heldout_records(args.records, args.seed)
+    """Score checkpoints beside each other, on held-out records or --prompts; prints a table, writes OUT/eval.json
+    and OUT/eval.png, a row of pictures for each model and, with --zero-shot, one more of the last at that size."""
     made = [os.path.join(args.out, stage) for stage in CHAIN]
     shipped = [os.path.join(HERE, "assets", name) for name in ("teacher", "student")]
     folders = args.model or [f for f in (*shipped, *made) if os.path.exists(os.path.join(f, "config.json"))]
     if not folders:
         raise ValueError(f"there is no checkpoint to score in {args.out}; name one with --model")
-    results = {}
-    print(f"{len(records)} records, 20 steps, guidance 4.5")
+    records = read_prompts(args.prompts) if args.prompts else heldout_records(args.records, args.seed)
+    if not all(r.get("tag") in TAGS and r.get("include") for r in records):
+        raise ValueError(f"{args.prompts} must hold GenEval-format records: each with a tag of {', '.join(TAGS)}, and include")
+    pixels, results, rows = args.size or CONFIGS[args.config]["base_pixels"], {}, []
+    print(f"{len(records)} records at {pixels} px, 20 steps, guidance 4.5, seed {args.seed}")
     print("".join(f"{name:>14}" for name in (*TAGS, "overall")) + "  model")
     for folder in folders:
         model = load_denoiser(folder, args.device)
-        results[folder] = evaluate(model, *load_parts(model, folder, args.device), records, CONFIGS[args.config]["base_pixels"], args.seed)
-        print("".join(f"{results[folder].get(name, float('nan')):14.2f}" for name in (*TAGS, "overall")) + f"  {folder}", flush=True)
+        parts = load_parts(model, folder, args.device)
+        images = sample_records(model, *parts, records, pixels, args.seed)
+        results[folder] = scores = evaluate(images, records)
+        print("".join(f"{scores.get(name, float('nan')):14.3f}" for name in (*TAGS, "overall")) + f"  {folder}", flush=True)
+        rows.append(images[:12])
+    if args.zero_shot:
+        large = sample_records(model, *parts, records[:12], args.zero_shot, args.seed, batch=1)
+        rows.append([image.resize((pixels, pixels), Image.BOX) for image in large])
     write_atomically(os.path.join(args.out, "eval.json"), lambda path: open(path, "w").write(json.dumps(results, indent=1)))
+    write_atomically(os.path.join(args.out, "eval.png"), lambda path: side_by_side(*rows).save(path, format="PNG"))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -863,9 +882,12 @@ def parse_arguments(argv=None):
     for config, settings in CONFIGS.items():
         for stage, plan in settings["stages"].items():
             epilog.append(f"  {config:7} {stage:13}" + ", ".join(f"{k} {v}" for k, v in plan.items()))
-    parser = argparse.ArgumentParser(description=__doc__, epilog="\n".join(epilog), formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", required=True, choices=(*CHAIN, "all", "eval"), help="what to run; what it starts from is run first if it is missing")
-    parser.add_argument("--config", default="shapes", choices=CONFIGS, help="shapes, the embedded world (default), or t2md, the paper's model from PixArt-alpha")
+    parser = argparse.ArgumentParser(description=__doc__, epilog="\n".join(epilog),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", required=True, choices=(*CHAIN, "all", "eval"),
+                        help="what to run; what it starts from is run first if it is missing")
+    parser.add_argument("--config", default="shapes", choices=CONFIGS,
+                        help="shapes, the embedded world (default), or t2md, the paper's model from PixArt-alpha")
     parser.add_argument("--out", help="folder of all checkpoints, logs and pictures (default: runs/CONFIG)")
     parser.add_argument("--seed", type=int, default=0, help="of every random draw (default 0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -879,11 +901,14 @@ def parse_arguments(argv=None):
     model.add_argument("--teacher", help="the teacher's folder (default: the one trained in OUT, else the shipped one)")
     model.add_argument("--pattern", help="the student's mixers, a letter a block out of S H W > < v ^")
     evaluation = parser.add_argument_group("--stage eval")
-    evaluation.add_argument("--model", action="append", help="checkpoint to score; repeat for several (default: all there are)")
+    evaluation.add_argument("--model", nargs="+", help="checkpoints to score (default: all there are)")
     evaluation.add_argument("--prompts", help="GenEval-format metadata .jsonl (default: held-out records)")
     evaluation.add_argument("--records", type=int, default=552, help="how many held-out records (default 552, 92 of each kind)")
+    evaluation.add_argument("--size", type=int, help="pixels of the scored pictures (default: the base size)")
+    evaluation.add_argument("--zero-shot", type=int, metavar="PIXELS",
+                            help="adds pictures of the last model at this size to OUT/eval.png")
     args = parser.parse_args(argv)
-    for name in ("steps", "batch_size", "save_every", "records"):
+    for name in ("steps", "batch_size", "save_every", "records", "size", "zero_shot"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     args.out = args.out or CONFIGS[args.config]["out"]
@@ -901,6 +926,8 @@ def main():
                 run_stage(stage, args)
     except (OSError, ValueError, ArithmeticError) as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: stopped; the same command continues from the last checkpoint")
 
 
 if __name__ == "__main__":
