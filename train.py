@@ -269,7 +269,7 @@ CONFIGS = {
         stages=dict(
             vae=TOY | dict(steps=3000, batch_size=16, lr=2e-3, decay=0.5, muon=False),
             text_encoder=TOY | dict(steps=1500, batch_size=128, lr=2e-3, muon=False),
-            teacher=TOY | dict(steps=10000, batch_size=64, lr=2e-3, timesteps=(520, 200)),
+            teacher=TOY | dict(steps=14000, batch_size=64, lr=2e-3, timesteps=(520, 200)),
             forcing=TOY | dict(steps=400, batch_size=32, lr=2e-3, pictures=8_000),
             kd=TOY | dict(steps=800, batch_size=32, lr=1e-3, pictures=8_000),
             adapt=TOY | dict(steps=1500, batch_size=32, lr=1e-3, pictures=8_000),
