@@ -815,7 +815,7 @@ def run_stage(stage, args):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def sample_records(model, vae, text_encoder, records, pixels, seed=0, batch=96, **how):
+def sample_records(model, vae, text_encoder, records, pixels, seed=0, batch=32, **how):
     """One picture for each record, image k from the noise of seed + k -> list of PIL images."""
     images = []
     for start in range(0, len(records), batch):
