@@ -219,48 +219,96 @@ def ssd_recurrence(x, dt, A, B, C, D=None):
 
 def ssd(x, dt, A, B, C, chunk_size, D=None):
     """The same map in chunks: state space duality. Shapes and argument order of mamba-ssm's
-    `mamba_chunk_scan_combined`; equals `ssd_recurrence`.
+    `mamba_chunk_scan_combined`; equals `ssd_recurrence`, in value and gradient.
 
-    Write s_i for the running sum of dt A inside a chunk. Unrolling the recurrence from the chunk's start,
+    Write s_i for the running sum of dt A inside a chunk and u_j = dt_j x_j. Unrolling the recurrence from the
+    chunk's start,
 
-        y_i = sum_{j <= i} (C_i . B_j) exp(s_i - s_j) dt_j x_j  +  exp(s_i) C_i^T state_in
-        state_out = exp(s_last) state_in + sum_j exp(s_last - s_j) dt_j B_j x_j^T
+        y_i = sum_{j <= i} (C_i . B_j) exp(s_i - s_j) u_j  +  exp(s_i) C_i^T state_in
+        state_out = exp(s_last) state_in + sum_j exp(s_last - s_j) B_j u_j^T
 
-    so inside a chunk it is causal attention without a softmax, and between chunks a short recurrence.
-    Every exponent is <= 0, so strong decay underflows to zero and nothing overflows. Decay sums are kept in
-    float32 (or float64), whatever the dtype of x. Memory: one chunk's (chunk, chunk) matrices at a time.
+    so inside a chunk it is causal attention without a softmax, (G * L) u with G = C B^T (one for all heads of a
+    group) and L_ij = exp(s_i - s_j), and between chunks a short recurrence. Every exponent is <= 0, so strong
+    decay underflows to zero and nothing overflows. Decay sums and states are kept in float32 (or float64),
+    whatever the dtype of x. Memory: one chunk's matrices at a time; for the backward pass, a state per chunk.
     """
-    b, l, h, p = x.shape
-    g, n = B.shape[2:]
-    r = h // g  # heads that share one B and C
-    precise = torch.promote_types(x.dtype, torch.float32)
+    precise, g = torch.promote_types(x.dtype, torch.float32), B.shape[2]
     dt = dt.to(precise)
-    decay = (dt * A.to(precise)).transpose(1, 2)  # (b, h, l)
-    u = (x * dt[..., None].to(x.dtype)).transpose(1, 2)  # dt_j x_j, (b, h, l, p)
-    B, C = B.transpose(1, 2), C.transpose(1, 2)  # (b, g, l, n)
-    state, outputs = None, []
-    for start in range(0, l, chunk_size):
-        chunk = slice(start, min(start + chunk_size, l))
-        Bc, Cc, uc = B[:, :, chunk], C[:, :, chunk], u[:, :, chunk]
-        s = decay[:, :, chunk].cumsum(-1)  # (b, h, c)
-        c = s.shape[-1]
-        future = torch.ones(c, c, dtype=torch.bool, device=x.device).triu(1)
-        L = (s[..., :, None] - s[..., None, :]).masked_fill(future, -torch.inf).exp()  # (b, h, c, c)
-        G = Cc @ Bc.transpose(-1, -2)  # (b, g, c, c): once per group, not per head
-        y = ((G[:, :, None] * L.view(b, g, r, c, c)).to(x.dtype).reshape(b, h, c, c)) @ uc  # (b, h, c, p)
-        if state is not None:  # (b, g, n, r*p): the heads of a group side by side, one product for all
-            carried = (Cc @ state.to(x.dtype)).view(b, g, c, r, p).transpose(2, 3).reshape(b, h, c, p)
-            y = y + s.exp()[..., None].to(x.dtype) * carried
-        outputs.append(y)
-        if chunk.stop < l:
-            to_end = (s[..., -1:] - s).exp()[..., None].to(x.dtype) * uc  # (b, h, c, p)
-            to_end = to_end.view(b, g, r, c, p).transpose(2, 3).reshape(b, g, c, r * p)
-            added = (Bc.transpose(-1, -2) @ to_end).to(precise)  # (b, g, n, r*p)
-            if state is not None:
-                added = added + state * s[..., -1].exp().view(b, g, 1, r, 1).expand(b, g, 1, r, p).reshape(b, g, 1, r * p)
-            state = added
-    y = torch.cat(outputs, dim=2).transpose(1, 2)  # (b, l, h, p)
+    u = x * dt[..., None].to(x.dtype)
+    y = ChunkScan.apply(u.unflatten(2, (g, -1)), (dt * A.to(precise)).unflatten(2, (g, -1)), B, C, chunk_size).flatten(2, 3)
     return y if D is None else y + D.to(x.dtype)[:, None] * x
+
+
+class ChunkScan(torch.autograd.Function):
+    """`ssd` without dt and D: u (b, l, g, r, p), log decay (b, l, g, r), B and C (b, l, g, n) -> y like u, where
+    r heads share each of the g groups. Subscripts below: i reads, j <= i is read, both inside one chunk.
+
+    The gradient is written out because autograd would keep every chunk's matrices, and pass over them thrice as
+    often: it goes from the last chunk to the first, makes their matrices again and carries the state's gradient.
+    """
+
+    @staticmethod
+    def chunk_matrices(s, B, C):
+        """Running decay sums s (b, c, g, r) -> G (b, g, 1, c, c) and L (b, g, r, c, c). Where j > i, G is 0 and L 1."""
+        s = s.permute(0, 2, 3, 1)
+        L = (s[..., :, None] - s[..., None, :]).clamp_(max=0).exp_()
+        return torch.einsum("bign,bjgn->bgij", C, B).tril_()[:, :, None], L
+
+    @staticmethod
+    def forward(ctx, u, decay, B, C, chunk_size):
+        outputs, states, state = [], [], None
+        for uc, ac, Bc, Cc in zip(*(v.split(chunk_size, dim=1) for v in (u, decay, B, C))):
+            s = ac.cumsum(1)
+            G, L = ChunkScan.chunk_matrices(s, Bc, Cc)
+            y = torch.einsum("bgrij,bjgrp->bigrp", L.mul_(G).to(u.dtype), uc)
+            if state is not None:
+                y = y + s.exp()[..., None].to(u.dtype) * torch.einsum("bign,bgnrp->bigrp", Cc, state.to(u.dtype))
+            outputs.append(y)
+            states.append(state)
+            if len(outputs) * chunk_size < u.shape[1]:  # nobody reads the last chunk's state
+                written = (s[:, -1:] - s).exp()[..., None].to(u.dtype) * uc
+                added = torch.einsum("bjgn,bjgrp->bgnrp", Bc, written).to(s.dtype)
+                state = added if state is None else added + s[:, -1].exp()[:, :, None, :, None] * state
+        ctx.save_for_backward(u, decay, B, C, *states)
+        ctx.chunk_size = chunk_size
+        return torch.cat(outputs, dim=1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        u, decay, B, C, *states = ctx.saved_tensors
+        chunks = zip(*(v.split(ctx.chunk_size, dim=1) for v in (u, decay, B, C, dy)), states, [*states[1:], None])
+        gradients, dstate = [], None  # dstate: of the state that leaves the chunk
+        for uc, ac, Bc, Cc, dy, state, state_out in reversed(list(chunks)):
+            s = ac.cumsum(1)
+            G, L = ChunkScan.chunk_matrices(s, Bc, Cc)
+            dL = torch.einsum("bigrp,bjgrp->bgrij", dy, uc) * L  # of G * L, times L: what G receives from each head
+            dG = dL.sum(2).tril_().to(u.dtype)
+            du = torch.einsum("bgrij,bigrp->bjgrp", L.mul_(G).to(u.dtype), dy)
+            dB = torch.einsum("bgij,bign->bjgn", dG, Cc)
+            dC = torch.einsum("bgij,bjgn->bign", dG, Bc)
+            dL.mul_(G)  # of the exponents s_i - s_j
+            ds = (dL.sum(-1) - dL.sum(-2)).permute(0, 3, 1, 2)
+            carried = None
+            if state is not None:
+                state = state.to(u.dtype)
+                dread = s.exp()[..., None].to(u.dtype) * dy
+                dC = dC + torch.einsum("bigrp,bgnrp->bign", dread, state)
+                ds = ds + (dread * torch.einsum("bign,bgnrp->bigrp", Cc, state)).sum(-1)
+                carried = torch.einsum("bign,bigrp->bgnrp", Cc, dread).to(s.dtype)
+            if dstate is not None:
+                to_end = (s[:, -1:] - s).exp()[..., None].to(u.dtype)
+                dwritten = to_end * torch.einsum("bjgn,bgnrp->bjgrp", Bc, dstate.to(u.dtype))
+                du = du + dwritten
+                dB = dB + torch.einsum("bjgrp,bgnrp->bjgn", to_end * uc, dstate.to(u.dtype))
+                ds = ds - (dwritten * uc).sum(-1)
+                ds[:, -1] += (dstate * state_out).sum((2, 4))
+                if carried is not None:
+                    carried += s[:, -1].exp()[:, :, None, :, None] * dstate
+            dstate = carried
+            gradients.append((du, ds.flip(1).cumsum(1).flip(1), dB, dC))
+        du, ddecay, dB, dC = (torch.cat(parts[::-1], dim=1) for parts in zip(*gradients))
+        return du, ddecay, dB, dC, None
 
 
 @lru_cache(maxsize=None)
