@@ -265,11 +265,11 @@ CONFIGS = {
     "shapes": dict(
         out="runs/shapes", teacher="assets/teacher", adapt={}, base_pixels=128, pattern="SHWHWHW", ema=0.9999, checkpointing=False,
         save_dtype=torch.float16,  # all weights shipped in assets/ stay under 20 MB; training goes on in float32
-        model=dict(width=128, heads=4, caption_width=64, d_state=32, head_dim=32, chunk_size=64, sample_size=16),
+        model=dict(width=128, heads=4, caption_width=64, d_state=32, head_dim=32, chunk_size=32, sample_size=16),
         stages=dict(
             vae=TOY | dict(steps=3000, batch_size=16, lr=2e-3, decay=0.5, muon=False),
             text_encoder=TOY | dict(steps=1500, batch_size=128, lr=2e-3, muon=False),
-            teacher=TOY | dict(steps=14000, batch_size=64, lr=2e-3, timesteps=(520, 200)),
+            teacher=TOY | dict(steps=14000, batch_size=64, lr=2e-3, decay=0.6, timesteps=(520, 200)),
             forcing=TOY | dict(steps=400, batch_size=32, lr=2e-3, pictures=8_000),
             kd=TOY | dict(steps=800, batch_size=32, lr=1e-3, pictures=8_000),
             adapt=TOY | dict(steps=1500, batch_size=32, lr=1e-3, pictures=8_000),
@@ -714,7 +714,10 @@ def previous_folder(stage, args):
 def start_model(stage, args, folder):
     """The network a stage begins with; its config names its VAE and text encoder, local ones relative to `folder`."""
     overrides, parts = {}, {}
-    if stage == "teacher":
+    if stage == args.stage == "teacher" and args.teacher:  # train an existing one further
+        model = T2MD.from_pixart(args.teacher)
+        parts = {name: component_path(args.teacher, model.config[name]) for name in ("vae", "text_encoder")}
+    elif stage == "teacher":
         parts = {name: make_component(name, args) for name in ("vae", "text_encoder")}
         torch.manual_seed(zlib.crc32(f"{args.seed}/{stage}".encode()))
         model = T2MD(pattern="S" * len(args.pattern), pos_embed="pixart", **CONFIGS[args.config]["model"])
@@ -898,7 +901,8 @@ def parse_arguments(argv=None):
     stage.add_argument("--lr", type=float, help="peak learning rate")
     stage.add_argument("--save-every", type=int, help="steps between checkpoints")
     model = parser.add_argument_group("models")
-    model.add_argument("--teacher", help="the teacher's folder (default: the one trained in OUT, else the shipped one)")
+    model.add_argument("--teacher", help="the teacher's folder (default: the one trained in OUT, else the shipped one); "
+                       "with --stage teacher, one to train further")
     model.add_argument("--pattern", help="the student's mixers, a letter a block out of S H W > < v ^")
     evaluation = parser.add_argument_group("--stage eval")
     evaluation.add_argument("--model", nargs="+", help="checkpoints to score (default: all there are)")
