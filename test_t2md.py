@@ -701,6 +701,19 @@ def test_continuing_is_as_if_never_stopped(chain, tmp_path, monkeypatch, capsys)
     assert fingerprint(*frozen) == before
 
 
+def test_a_teacher_can_be_trained_further(chain, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "sample_records", lambda model, *_, **__: [Image.new("RGB", (8, 8))] * 12)
+    given = os.path.join(chain, "teacher")
+    command = ["--stage", "teacher", "--steps", "1", "--batch-size", "2", "--teacher", given, "--out", str(tmp_path), "--lr"]
+    train.run_stage("teacher", train.parse_arguments(command + ["1e-9"]))
+    before, after = T2MD.from_pretrained(given).state_dict(), raw_weights(tmp_path, "teacher")
+    assert all((after[name] - weight).abs().max() < 1e-6 for name, weight in before.items())
+    assert not torch.equal(after["proj_out.weight"], before["proj_out.weight"])
+    vae = json.load(open(tmp_path / "teacher" / "config.json"))["vae"]
+    assert os.path.samefile(tmp_path / "teacher" / vae, os.path.join(chain, "vae"))
+    assert sorted(os.listdir(tmp_path)) == ["cache", "teacher"]
+
+
 def test_a_missing_stage_is_run_first(chain, tmp_path, monkeypatch, capsys):
     ran = []
     original = train.fit
