@@ -14,6 +14,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 import weakref
 
 import numpy as np
@@ -699,6 +700,22 @@ def test_continuing_is_as_if_never_stopped(chain, tmp_path, monkeypatch, capsys)
     train.run_stage("kd", train.parse_arguments(whole))
     assert "kd is finished: 4 steps" in capsys.readouterr().out
     assert fingerprint(*frozen) == before
+
+
+def test_sigterm_saves_and_exits(chain, tmp_path):
+    for part in ("vae", "text_encoder", "teacher", "cache"):
+        shutil.copytree(os.path.join(chain, part), tmp_path / part)
+    command = [sys.executable, os.path.join(HERE, "train.py"), "--stage", "forcing", "--steps", "1000", "--batch-size", "2", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "forcing" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 2):
+        time.sleep(0.1)
+    process.terminate()
+    _, errors = process.communicate(timeout=120)
+    done, planned = train.saved_step(tmp_path / "forcing")
+    assert process.returncode == 1 and 2 <= done < planned == 1000
+    assert errors.strip().endswith(f"forcing: told to stop; saved after step {done}; the same command continues from there")
+    assert len(log.read_text().splitlines()) == done
 
 
 def test_a_teacher_can_be_trained_further(chain, tmp_path, monkeypatch):
