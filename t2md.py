@@ -243,8 +243,8 @@ class ChunkScan(torch.autograd.Function):
     """`ssd` without dt and D: u (b, l, g, r, p), log decay (b, l, g, r), B and C (b, l, g, n) -> y like u, where
     r heads share each of the g groups. Subscripts below: i reads, j <= i is read, both inside one chunk.
 
-    The gradient is written out because autograd would keep every chunk's matrices, and pass over them thrice as
-    often: it goes from the last chunk to the first, makes their matrices again and carries the state's gradient.
+    The gradient is written out because autograd would keep every chunk's matrices: it goes from the last chunk to
+    the first, makes their matrices again and carries the state's gradient.
     """
 
     @staticmethod
@@ -279,12 +279,12 @@ class ChunkScan(torch.autograd.Function):
         u, decay, B, C, *states = ctx.saved_tensors
         chunks = zip(*(v.split(ctx.chunk_size, dim=1) for v in (u, decay, B, C, dy)), states, [*states[1:], None])
         gradients, dstate = [], None  # dstate: of the state that leaves the chunk
-        for uc, ac, Bc, Cc, dy, state, state_out in reversed(list(chunks)):
+        for uc, ac, Bc, Cc, dyc, state, state_out in reversed(list(chunks)):
             s = ac.cumsum(1)
             G, L = ChunkScan.chunk_matrices(s, Bc, Cc)
-            dL = torch.einsum("bigrp,bjgrp->bgrij", dy, uc) * L  # of G * L, times L: what G receives from each head
+            dL = torch.einsum("bigrp,bjgrp->bgrij", dyc, uc) * L  # of G * L, times L: what G receives from each head
             dG = dL.sum(2).tril_().to(u.dtype)
-            du = torch.einsum("bgrij,bigrp->bjgrp", L.mul_(G).to(u.dtype), dy)
+            du = torch.einsum("bgrij,bigrp->bjgrp", L.mul_(G).to(u.dtype), dyc)
             dB = torch.einsum("bgij,bign->bjgn", dG, Cc)
             dC = torch.einsum("bgij,bjgn->bign", dG, Bc)
             dL.mul_(G)  # of the exponents s_i - s_j
@@ -292,7 +292,7 @@ class ChunkScan(torch.autograd.Function):
             carried = None
             if state is not None:
                 state = state.to(u.dtype)
-                dread = s.exp()[..., None].to(u.dtype) * dy
+                dread = s.exp()[..., None].to(u.dtype) * dyc
                 dC = dC + torch.einsum("bigrp,bgnrp->bign", dread, state)
                 ds = ds + (dread * torch.einsum("bign,bgnrp->bigrp", Cc, state)).sum(-1)
                 carried = torch.einsum("bign,bigrp->bgnrp", Cc, dread).to(s.dtype)

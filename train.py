@@ -391,8 +391,8 @@ def vae_loss(vae, stage, step, batch_size, seed):
     """L1 + 1e-4 KL on crowded pictures, and three latent channels held to the mean colour of their 8x8 pixels, in
     a colour basis that each VAE draws for itself -> loss, terms.
 
-    The last term is for the denoiser's sake: without it the encoder lines all colours up along one direction, less
-    than a standard deviation apart, and every part of an object picks its own.
+    The last term is for the denoiser's sake: without it the encoder lines all colours up along one direction,
+    close to each other, and every part of an object picks its own.
     """
     images = to_pixels([crowded_picture(numpy_draw(seed, stage, step, i)) for i in range(batch_size)])
     posterior = vae.encode(images).latent_dist
@@ -727,15 +727,13 @@ def previous_folder(stage, args):
 def start_model(stage, args, folder):
     """The network a stage begins with; its config names its VAE and text encoder, local ones relative to `folder`."""
     overrides, parts = {}, {}
-    if stage == args.stage == "teacher" and args.teacher:  # train an existing one further
-        model = T2MD.from_pixart(args.teacher)
-        parts = {name: component_path(args.teacher, model.config[name]) for name in ("vae", "text_encoder")}
-    elif stage == "teacher":
+    further = args.teacher if stage == args.stage == "teacher" else None  # an existing teacher, to be trained further
+    if stage == "teacher" and not further:
         parts = {name: make_component(name, args) for name in ("vae", "text_encoder")}
         torch.manual_seed(zlib.crc32(f"{args.seed}/{stage}".encode()))
         model = T2MD(pattern="S" * len(args.pattern), pos_embed="pixart", **CONFIGS[args.config]["model"])
     else:
-        before = previous_folder(stage, args)
+        before = further or previous_folder(stage, args)
         if stage == "forcing":
             overrides = dict(pattern=args.pattern)
         if stage == "adapt":
@@ -767,9 +765,9 @@ def stage_terms(stage, model, teacher, schedule, batch, backward):
         loss, terms = kd_loss(model, teacher, z_t, t, text, mask, noise)
     elif stage == "teacher":
         # not the paper's: errors weigh 1 / sqrt(SNR), or what is where and which colour is whose is learned last
-        signal = schedule.alphas_cumprod.to(t.device)[t]
+        alpha_bar = schedule.alphas_cumprod.to(t.device)[t]
         error = (predict_noise(model, z_t, t, text, mask).float() - noise).square().mean((1, 2, 3))
-        loss, terms = ((signal / (1 - signal)).rsqrt().clamp(1.0, 8.0) * error).mean(), dict(mse=error.mean().detach())
+        loss, terms = ((alpha_bar / (1 - alpha_bar)).rsqrt().clamp(1.0, 8.0) * error).mean(), dict(mse=error.mean().detach())
     else:
         loss = mse_loss(noise, predict_noise(model, z_t, t, text, mask))
         terms = dict(mse=loss.detach())
