@@ -269,43 +269,40 @@ class ChunkScan(torch.autograd.Function):
                 written = (s[:, -1:] - s).exp()[..., None].to(u.dtype) * uc
                 added = torch.einsum("bjgn,bjgrp->bgnrp", Bc, written).to(s.dtype)
                 state = added if state is None else added + s[:, -1].exp()[:, :, None, :, None] * state
-        ctx.save_for_backward(u, decay, B, C, *states)
+        y = torch.cat(outputs, dim=1)
+        ctx.save_for_backward(u, decay, B, C, y, *states)
         ctx.chunk_size = chunk_size
-        return torch.cat(outputs, dim=1)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        u, decay, B, C, *states = ctx.saved_tensors
-        chunks = zip(*(v.split(ctx.chunk_size, dim=1) for v in (u, decay, B, C, dy)), states, [*states[1:], None])
+        u, decay, B, C, y, *states = ctx.saved_tensors
+        chunks = zip(*(v.split(ctx.chunk_size, dim=1) for v in (u, decay, B, C, y, dy)), states, [*states[1:], None])
         gradients, dstate = [], None  # dstate: of the state that leaves the chunk
-        for uc, ac, Bc, Cc, dyc, state, state_out in reversed(list(chunks)):
+        for uc, ac, Bc, Cc, yc, dyc, state, state_out in reversed(list(chunks)):
             s = ac.cumsum(1)
             G, L = ChunkScan.chunk_matrices(s, Bc, Cc)
-            dL = torch.einsum("bigrp,bjgrp->bgrij", dyc, uc) * L  # of G * L, times L: what G receives from each head
-            dG = dL.sum(2).tril_().to(u.dtype)
+            dG = torch.einsum("bigrp,bjgrp->bgrij", dyc, uc).mul(L).sum(2).tril_().to(u.dtype)
             du = torch.einsum("bgrij,bigrp->bjgrp", L.mul_(G).to(u.dtype), dyc)
             dB = torch.einsum("bgij,bign->bjgn", dG, Cc)
             dC = torch.einsum("bgij,bjgn->bign", dG, Bc)
-            dL.mul_(G)  # of the exponents s_i - s_j
-            ds = (dL.sum(-1) - dL.sum(-2)).permute(0, 3, 1, 2)
-            carried = None
+            dstate_in = None
             if state is not None:
-                state = state.to(u.dtype)
                 dread = s.exp()[..., None].to(u.dtype) * dyc
-                dC = dC + torch.einsum("bigrp,bgnrp->bign", dread, state)
-                ds = ds + (dread * torch.einsum("bign,bgnrp->bigrp", Cc, state)).sum(-1)
-                carried = torch.einsum("bign,bigrp->bgnrp", Cc, dread).to(s.dtype)
+                dC = dC + torch.einsum("bigrp,bgnrp->bign", dread, state.to(u.dtype))
+                dstate_in = torch.einsum("bign,bigrp->bgnrp", Cc, dread).to(s.dtype)
             if dstate is not None:
                 to_end = (s[:, -1:] - s).exp()[..., None].to(u.dtype)
-                dwritten = to_end * torch.einsum("bjgn,bgnrp->bjgrp", Bc, dstate.to(u.dtype))
-                du = du + dwritten
+                du = du + to_end * torch.einsum("bjgn,bgnrp->bjgrp", Bc, dstate.to(u.dtype))
                 dB = dB + torch.einsum("bjgrp,bgnrp->bjgn", to_end * uc, dstate.to(u.dtype))
-                ds = ds - (dwritten * uc).sum(-1)
+            # s_i scales all that y_i reads, -s_j all that is read of u_j, s_last the state that leaves
+            ds = (dyc.to(s.dtype) * yc).sum(-1) - (du.to(s.dtype) * uc).sum(-1)
+            if dstate is not None:
                 ds[:, -1] += (dstate * state_out).sum((2, 4))
-                if carried is not None:
-                    carried += s[:, -1].exp()[:, :, None, :, None] * dstate
-            dstate = carried
+                if dstate_in is not None:
+                    dstate_in += s[:, -1].exp()[:, :, None, :, None] * dstate
+            dstate = dstate_in
             gradients.append((du, ds.flip(1).cumsum(1).flip(1), dB, dC))
         du, ddecay, dB, dC = (torch.cat(parts[::-1], dim=1) for parts in zip(*gradients))
         return du, ddecay, dB, dC, None
@@ -391,7 +388,10 @@ class Mamba2(nn.Module):
     def scan(self, xBC, dt):
         """Convolution and recurrence: xBC (b, l, conv_width), dt (b, l, n_heads) -> y (b, l, inner)."""
         b, l, _ = xBC.shape
-        xBC = F.silu(self.conv1d(xBC.transpose(1, 2))[..., :l].transpose(1, 2))  # causal: keep the first l
+        # The causal depthwise conv1d, as a 2-D one over a line of pixels: a token's channels stay side by side in
+        # memory (channels last), which saves the transposes and is 3x faster on a CPU.
+        line, conv = F.pad(xBC, (0, 0, self.conv1d.kernel_size[0] - 1, 0)).transpose(1, 2)[:, :, None], self.conv1d
+        xBC = F.silu(F.conv2d(line, conv.weight[:, :, None], conv.bias, groups=conv.groups)[:, :, 0].transpose(1, 2))
         x, B, C = xBC.split([xBC.shape[-1] - 2 * self.n_groups * self.d_state] + [self.n_groups * self.d_state] * 2, dim=-1)
         precise = torch.promote_types(dt.dtype, torch.float32)
         dt = F.softplus(dt.to(precise) + self.dt_bias.to(precise))
@@ -434,7 +434,7 @@ class MambaMixer(nn.Module):
         if self.both:
             xBC, dt = torch.cat([xBC, xBC.flip(1)]), torch.cat([dt, dt.flip(1)])
             forward, backward = m.scan(xBC, dt).chunk(2)
-            y = m.norm(forward, z) + m.norm(backward.flip(1), z)
+            y = m.norm(torch.stack([forward, backward.flip(1)]), z).sum(0)
         elif self.backward:
             y = m.norm(m.scan(xBC.flip(1), dt.flip(1)).flip(1), z)
         else:
