@@ -731,10 +731,32 @@ def test_a_teacher_can_be_trained_further(chain, tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["cache", "teacher"]
 
 
+@pytest.mark.parametrize("stage", ["forcing", "kd"])
+def test_two_processes_and_gradient_accumulation_equal_one_process(chain, tmp_path, stage):
+    """5 steps of 6 images: by one process; by two over gloo; by one, an image at a time."""
+    script = tmp_path / "train_with_adam.py"  # Muon rounds to bfloat16, which hides what is compared here
+    script.write_text(f"import sys; sys.path.insert(0, {HERE!r}); import train; train.CONFIGS['shapes']['stages'][{stage!r}]['muon'] = False; "
+                      "train.sample_records = lambda *a, **k: [train.Image.new('RGB', (8, 8))] * 12; train.main()")
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533"]
+    weights = {}
+    for name, launcher, more in (("one", [], []), ("two", torchrun, []), ("accumulated", [], ["--micro-batch", "1"])):
+        for part in ("vae", "text_encoder", "forcing"):
+            if part != stage:
+                shutil.copytree(os.path.join(chain, part), tmp_path / name / part)
+        result = run(*launcher, str(script), "--stage", stage, "--steps", "5", "--batch-size", "6", "--lr", "1e-3", "--out",
+                     str(tmp_path / name), "--teacher", os.path.join(chain, "teacher"), *more)
+        assert result.returncode == 0, result.stderr
+        state = torch.load(tmp_path / name / stage / "training_state.pt", weights_only=True)["network"]
+        weights[name] = torch.cat([w.flatten() for key, w in state.items() if ".mamba." in key])
+        assert len(open(tmp_path / name / stage / "log.jsonl").readlines()) == 5
+    for name in ("two", "accumulated"):
+        assert 0 < (weights[name] - weights["one"]).norm() < 1e-5 * weights["one"].norm()
+
+
 def test_a_missing_stage_is_run_first(chain, tmp_path, monkeypatch, capsys):
     ran = []
     original = train.fit
-    monkeypatch.setattr(train, "fit", lambda stage, folder, network, step_loss, plan, *rest: (ran.append(stage), original(stage, folder, network, step_loss, plan | dict(steps=1, batch_size=2), *rest)))
+    monkeypatch.setattr(train, "fit", lambda stage, folder, network, loss_terms, plan, *rest, **_: (ran.append(stage), original(stage, folder, network, loss_terms, plan | dict(steps=1, batch_size=2), *rest)))
     monkeypatch.setattr(train, "sample_records", lambda model, *_, **__: [Image.new("RGB", (8, 8))] * 12)
     monkeypatch.setattr(train, "ShapesData", functools.partial(few_pictures, train.ShapesData))
     train.run_stage("kd", train.parse_arguments(["--stage", "kd", "--steps", "1", "--teacher", os.path.join(chain, "teacher"), "--out", str(tmp_path)]))
@@ -868,13 +890,13 @@ def test_a_loss_that_is_not_finite_stops_with_the_checkpoint_intact(chain, tmp_p
     plan = train.plan_for("kd", args) | dict(steps=30, save_every=2)
     export = lambda folder: train.write_atomically(os.path.join(folder, "model"), lambda path: torch.save(network.state_dict(), path))
 
-    def step_loss(step, backward, bad=range(4, 30)):
+    def loss_terms(step, indices, backward, bad=range(4, 30)):
         loss = network(torch.ones(1, 2)).square().sum() * (float("nan") if step in bad else 1.0)
         backward(loss)
         return dict(loss=loss.detach())
 
     with pytest.raises(FloatingPointError, match="not finite ten steps in a row"):
-        train.fit("kd", str(tmp_path), network, step_loss, plan | dict(save_every=4), args, export)
+        train.fit("kd", str(tmp_path), network, loss_terms, plan | dict(save_every=4), args, export)
     assert train.saved_step(str(tmp_path)) == (12, 30)
     assert all(torch.isfinite(w).all() for w in torch.load(tmp_path / "training_state.pt", weights_only=True)["network"].values())
     skipped = [json.loads(line)["skipped"] for line in open(tmp_path / "log.jsonl")]

@@ -20,8 +20,10 @@ Sections: 1 the shapes world - 2 configurations - 3 data - 4 VAE and T5 of the s
 """
 
 import argparse
+import contextlib
 import copy
 import ctypes
+import datetime
 import functools
 import hashlib
 import itertools
@@ -36,6 +38,7 @@ import zlib
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.training_utils import EMAModel
@@ -50,6 +53,7 @@ from t2md import T2MD, VAE, MambaMixer, TextEncoder, forcing_loss, kd_loss, mse_
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CHAIN = ("teacher", "forcing", "kd", "adapt", "hires1", "hires2")
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 # ----------------------------------------------------------------------------------------------------------
 # 1. The shapes world: pictures, captions in GenEval's grammar, and a detector that scores them
@@ -272,9 +276,9 @@ CONFIGS = {
             vae=TOY | dict(steps=2500, batch_size=16, lr=2e-3, decay=0.5, muon=False),
             text_encoder=TOY | dict(steps=1500, batch_size=128, lr=2e-3, muon=False),
             teacher=TOY | dict(steps=7500, batch_size=64, lr=4e-3, decay=0.6, timesteps=(580, 230)),
-            forcing=TOY | dict(steps=1200, batch_size=16, lr=2e-2, warmup=10, timesteps=(500, 220), pictures=5_000),
-            kd=TOY | dict(steps=1500, batch_size=32, lr=4e-3, timesteps=(500, 220), pictures=5_000),
-            adapt=TOY | dict(steps=2500, batch_size=32, lr=2e-3, timesteps=(680, 220), pictures=8_000),
+            forcing=TOY | dict(steps=1200, batch_size=16, lr=2e-2, warmup=10, pictures=5_000),
+            kd=TOY | dict(steps=1300, batch_size=32, lr=4e-3, pictures=5_000),
+            adapt=TOY | dict(steps=1500, batch_size=32, lr=2e-3, timesteps=(680, 220), pictures=8_000),
             hires1=TOY | dict(steps=600, batch_size=32, lr=1e-3, timesteps=(740, 200), sizes={2: 0.8, 1: 0.2}, pictures=4_000),
             hires2=TOY | dict(steps=300, batch_size=32, lr=5e-4, timesteps=(800, 180), sizes={4: 1.0}, pictures=1_000),
         ),
@@ -328,16 +332,17 @@ class ShapesData:
         weights = b"".join(p.detach().cpu().float().numpy().tobytes() for p in vae.model.parameters())
         name = hashlib.sha256(weights + f"{pixels}/{count}/{seed}".encode()).hexdigest()[:16]
         path = os.path.join(folder, f"{pixels}px-{count}-{name}.safetensors")
-        if not os.path.exists(path):
-            moments = []
-            size = max(1, 32 * 128**2 // pixels**2)
-            for start in tqdm(range(0, count, size), desc=f"drawing and encoding {count} pictures of {pixels} px"):
-                chunk = slice(start, start + size)
-                images = [draw_shapes(record, pixels, rng) for record, rng in zip(records[chunk], draws[chunk])]
-                moments.append(torch.stack(vae.moments(to_pixels(images)), dim=1).half())
-            os.makedirs(folder, exist_ok=True)
-            save_file({"moments": torch.cat(moments)}, path + ".tmp")
-            os.replace(path + ".tmp", path)
+        with rank_zero_first():
+            if not os.path.exists(path):
+                moments = []
+                size = max(1, 32 * 128**2 // pixels**2)
+                for start in tqdm(range(0, count, size), desc=f"drawing and encoding {count} pictures of {pixels} px"):
+                    chunk = slice(start, start + size)
+                    images = [draw_shapes(record, pixels, rng) for record, rng in zip(records[chunk], draws[chunk])]
+                    moments.append(torch.stack(vae.moments(to_pixels(images)), dim=1).half())
+                os.makedirs(folder, exist_ok=True)
+                save_file({"moments": torch.cat(moments)}, path + ".tmp")
+                os.replace(path + ".tmp", path)
         self.moments = load_file(path)["moments"]  # (count, 2, C, h, w): mean and standard deviation
         captions = sorted({"", *self.prompts})
         features, mask = text_encoder(captions)
@@ -388,16 +393,16 @@ def crowded_picture(rng, size=64):
     return image.reduce(4)
 
 
-def vae_loss(vae, stage, step, batch_size, seed):
+def vae_loss(vae, stage, step, indices, seed):
     """L1 + 1e-4 KL on crowded pictures, and three latent channels held to the mean colour of their 8x8 pixels, in
     a colour basis that each VAE draws for itself -> loss, terms.
 
     The last term is for the denoiser's sake: without it the encoder lines all colours up along one direction,
     close to each other, and every part of an object picks its own.
     """
-    images = to_pixels([crowded_picture(numpy_draw(seed, stage, step, i)) for i in range(batch_size)])
+    images = to_pixels([crowded_picture(numpy_draw(seed, stage, step, i)) for i in indices])
     posterior = vae.encode(images).latent_dist
-    noise = torch.randn(posterior.mean.shape, generator=draw(seed, stage, step, 0))
+    noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=draw(seed, stage, step, i)) for i in indices])
     reconstruction = vae.decode(posterior.mean + posterior.std * noise).sample
     mean, variance = posterior.mean.float(), posterior.var.float()
     basis, _ = torch.linalg.qr(torch.randn(3, 3, generator=draw(seed, stage, 0, -1)))
@@ -476,9 +481,9 @@ class Reader(torch.nn.Module):
         self.heads = torch.nn.ModuleList(torch.nn.Linear(encoder.config.d_model, len(c)) for c in WORD_HEADS.values())
 
 
-def reader_loss(reader, tokenizer, stage, step, batch_size, seed):
+def reader_loss(reader, tokenizer, stage, step, indices, seed):
     """Mean cross-entropy of the four questions -> loss, terms. Every word of the world is one token."""
-    prompts = [training_record(numpy_draw(seed, stage, step, i))["prompt"] for i in range(batch_size)]
+    prompts = [training_record(numpy_draw(seed, stage, step, i))["prompt"] for i in indices]
     tokens = tokenizer(prompts, padding="longest", return_tensors="pt")
     labels = torch.full((*tokens.input_ids.shape, 4), -100)
     for row, prompt in zip(labels, prompts):
@@ -493,6 +498,45 @@ def reader_loss(reader, tokenizer, stage, step, batch_size, seed):
 # ----------------------------------------------------------------------------------------------------------
 # 5. Training
 # ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def rank_zero_first():
+    """What is inside runs on the first process, then on the others: they find on disk what it has made."""
+    if RANK:
+        dist.barrier()
+    yield
+    if WORLD > 1 and not RANK:
+        dist.barrier()
+
+
+def sum_over_processes(tensors):
+    """Sum each tensor of a list over all processes, in place. DistributedDataParallel would do it during the backward
+    pass, but knows only of one backward pass a step: forcing has one for each block."""
+    if WORLD > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(total.view_as(tensor))
+
+
+def gradient_parts(loss_terms, step, images, micro_batch):
+    """Backward passes over a global batch of `images`, of which each process takes its share, `micro_batch` at once.
+
+    loss_terms: loss_terms(step, indices, backward) -> {name: detached mean over these indices}; calls backward on
+        every loss it makes.
+    Returns {name: mean over the global batch}; the gradients are those of the mean, once summed over processes.
+    Raises ValueError if there are fewer images than processes.
+    """
+    if images < WORLD:
+        raise ValueError(f"a batch of {images} at this size cannot be shared by {WORLD} processes; give a larger --batch-size")
+    own, means = range(RANK, images, WORLD), {}
+    for start in range(0, len(own), micro_batch):
+        indices = own[start : start + micro_batch]
+        share = len(indices) / images
+        for name, term in loss_terms(step, indices, lambda loss: loss.backward(loss.new_tensor(share))).items():
+            means[name] = means.get(name, 0.0) + share * float(term)
+    return means
 
 
 class Optimizer:
@@ -520,6 +564,7 @@ class Optimizer:
         factor = min(1.0, (step + 1) / warmup)
         if decay:
             factor *= min(1.0, (steps - step) / (decay * steps))
+        sum_over_processes([p.grad for p in self.parameters if p.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip)
         for part, rates in zip(self.parts, self.base_lr):
             for group, lr in zip(part.param_groups, rates):
@@ -576,14 +621,15 @@ def saved_step(folder):
         raise ValueError(f"{path} {reason}") from error
 
 
-def fit(stage, folder, network, step_loss, plan, args, export, show=None):
+def fit(stage, folder, network, loss_terms, plan, args, export, show=None, images=None):
     """The training loop of every network here: resumes, logs, keeps an EMA, saves atomically.
 
     Args:
         network: what is trained; parameters that require no gradient stay as they are.
-        step_loss: step_loss(step, backward) -> {name: detached term}; calls backward on every loss it makes.
+        loss_terms: see `gradient_parts`.  images: images(step), of the global batch; the plan's batch_size if not given.
         export: export(folder), called while `network` holds the EMA weights, writes the model files.
         show: show(path), likewise, draws pictures; called at every save.
+    Under torchrun every process holds the whole network and takes its share of each batch; the first one writes.
     SIGTERM saves after the step it comes in, and exits.
     Raises FloatingPointError after ten steps in a row whose loss was not finite.
     """
@@ -598,13 +644,14 @@ def fit(stage, folder, network, step_loss, plan, args, export, show=None):
         optimizer.load_state_dict(state["optimizer"])
         print(f"{stage}: continuing after step {start} of {plan['steps']}")
     lines = open(log_path).read().splitlines()[:start] if start and os.path.exists(log_path) else []
-    write_atomically(log_path, lambda path: open(path, "w").writelines(line + "\n" for line in lines))
+    if not RANK:
+        write_atomically(log_path, lambda path: open(path, "w").writelines(line + "\n" for line in lines))
 
-    def save(step):
+    def save(step, draw_pictures):
         ema.store(network.parameters())
         ema.copy_to(network.parameters())
         export(folder)
-        if show and not stopping:
+        if show and draw_pictures:
             show(os.path.join(folder, f"step-{step:06d}.png"))
         ema.restore(network.parameters())
         state = dict(step=step, steps=plan["steps"], network=network.state_dict(), ema=ema.state_dict(),
@@ -613,14 +660,17 @@ def fit(stage, folder, network, step_loss, plan, args, export, show=None):
 
     not_finite, stopping = 0, []
     default = signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
-    bar = tqdm(range(start, plan["steps"]), initial=start, total=plan["steps"], desc=stage, mininterval=1)
-    with bar, open(log_path, "a") as log:
+    bar = tqdm(range(start, plan["steps"]), initial=start, total=plan["steps"], desc=stage, mininterval=1, disable=RANK > 0)
+    with bar, open(os.devnull if RANK else log_path, "a") as log:
         for step in bar:
             began = time.time()
-            with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                terms = step_loss(step, torch.Tensor.backward)
-            terms = {name: float(term) for name, term in terms.items()}
-            finite = all(map(math.isfinite, terms.values()))
+            with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                terms = gradient_parts(loss_terms, step, images(step) if images else plan["batch_size"], args.micro_batch or sys.maxsize)
+            shared = torch.tensor([*terms.values(), float(bool(stopping))], device=args.device)
+            sum_over_processes([shared])
+            *values, told_to_stop = shared.tolist()
+            terms = dict(zip(terms, values))
+            finite = all(map(math.isfinite, values))
             not_finite = 0 if finite else not_finite + 1
             if not_finite == 10:
                 raise FloatingPointError(f"{stage}: the loss was not finite ten steps in a row (step {step}); "
@@ -633,9 +683,11 @@ def fit(stage, folder, network, step_loss, plan, args, export, show=None):
             log.write(json.dumps(dict(step=step, **terms, skipped=not finite, seconds=round(time.time() - began, 3))) + "\n")
             log.flush()
             bar.set_postfix({name: f"{value:.4g}" for name, value in terms.items()})
-            if (step + 1) % plan["save_every"] == 0 or step + 1 == plan["steps"] or stopping:
-                save(step + 1)
-                if stopping:
+            if (step + 1) % plan["save_every"] == 0 or step + 1 == plan["steps"] or told_to_stop:
+                with rank_zero_first():
+                    if not RANK:
+                        save(step + 1, draw_pictures=not told_to_stop)
+                if told_to_stop:
                     sys.exit(f"{stage}: told to stop; saved after step {step + 1}; the same command continues from there")
     signal.signal(signal.SIGTERM, default)
 
@@ -672,7 +724,7 @@ def make_component(name, args):
             standardise(vae, args.seed)
             save_model(vae, folder, dtype)
 
-        compute = lambda step: vae_loss(network, name, step, plan["batch_size"], args.seed)
+        compute = lambda step, indices: vae_loss(network, name, step, indices, args.seed)
     else:
         tokenizer = new_tokenizer()
         network = Reader(new_text_encoder(len(tokenizer)))
@@ -681,14 +733,14 @@ def make_component(name, args):
             save_model(network.encoder, folder, dtype)
             tokenizer.save_pretrained(folder)
 
-        compute = lambda step: reader_loss(network, tokenizer, name, step, plan["batch_size"], args.seed)
+        compute = lambda step, indices: reader_loss(network, tokenizer, name, step, indices, args.seed)
 
-    def step_loss(step, backward):
-        loss, terms = compute(step)
+    def loss_terms(step, indices, backward):
+        loss, terms = compute(step, indices)
         backward(loss)
         return terms
 
-    fit(name, folder, network, step_loss, plan, args, export)
+    fit(name, folder, network, loss_terms, plan, args, export)
     return folder
 
 
@@ -800,10 +852,11 @@ def run_stage(stage, args):
     count = min(plan["pictures"], plan["steps"] * plan["batch_size"])
     data = {m: ShapesData(m * base, count, vae, text_encoder, args.seed, os.path.join(args.out, "cache")) for m in sizes}
 
-    def step_loss(step, backward):
-        m = sizes[int(torch.multinomial(torch.tensor(shares), 1, generator=draw(args.seed, stage, step, -1)))]
-        images = max(1, plan["batch_size"] // m**2)
-        batch = data[m].batch([draw(args.seed, stage, step, i) for i in range(images)], plan.get("timesteps"))
+    def multiple(step):
+        return sizes[int(torch.multinomial(torch.tensor(shares), 1, generator=draw(args.seed, stage, step, -1)))]
+
+    def loss_terms(step, indices, backward):
+        batch = data[multiple(step)].batch([draw(args.seed, stage, step, i) for i in indices], plan.get("timesteps"))
         return stage_terms(stage, model, teacher, schedule, {k: v.to(args.device) for k, v in batch.items()}, backward)
 
     examples = heldout_records(12, args.seed)
@@ -820,7 +873,8 @@ def run_stage(stage, args):
         grid = side_by_side(upper_row(), sample_records(model, vae, text_encoder, examples, base))
         write_atomically(path, lambda path: grid.save(path, format="PNG"))
 
-    fit(stage, folder, model, step_loss, plan, args, lambda folder: save_model(model, folder, config["save_dtype"]), show)
+    fit(stage, folder, model, loss_terms, plan, args, lambda folder: save_model(model, folder, config["save_dtype"]), show,
+        images=lambda step: max(1, plan["batch_size"] // multiple(step) ** 2))
     print(f"{stage}: {plan['steps']} steps done, the model is in {folder}")
     return folder
 
@@ -916,7 +970,9 @@ def parse_arguments(argv=None):
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="bfloat16: autocast over float32 weights")
     stage = parser.add_argument_group("the stage that --stage names (or every stage, with all)")
     stage.add_argument("--steps", type=int, help="optimiser steps in all; more than before continues a finished stage")
-    stage.add_argument("--batch-size", type=int, help="images of base size a step")
+    stage.add_argument("--batch-size", type=int, help="images of base size a step, over all processes")
+    stage.add_argument("--micro-batch", type=int, help="images a process takes through the network at once; the rest of its "
+                       "share follows, gradients add up (default: all at once)")
     stage.add_argument("--lr", type=float, help="peak learning rate")
     stage.add_argument("--save-every", type=int, help="steps between checkpoints")
     model = parser.add_argument_group("models")
@@ -931,7 +987,7 @@ def parse_arguments(argv=None):
     evaluation.add_argument("--zero-shot", type=int, metavar="PIXELS",
                             help="adds pictures of the last model at this size to OUT/eval.png")
     args = parser.parse_args(argv)
-    for name in ("steps", "batch_size", "save_every", "records", "size", "zero_shot"):
+    for name in ("steps", "batch_size", "micro_batch", "save_every", "records", "size", "zero_shot"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     args.out = args.out or CONFIGS[args.config]["out"]
@@ -942,6 +998,14 @@ def parse_arguments(argv=None):
 def main():
     args = parse_arguments()
     keep_freed_memory()
+    if WORLD > 1:
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        # a week: others wait while the first process draws, encodes or saves
+        dist.init_process_group("nccl" if "cuda" in args.device else "gloo", timeout=datetime.timedelta(days=7))
+        if RANK:
+            sys.stdout = open(os.devnull, "w")
     try:
         if args.stage == "eval":
             run_eval(args)
