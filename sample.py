@@ -9,6 +9,7 @@ Sections: 1 loading - 2 the sampler - 3 files - 4 command line.
 """
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -39,8 +40,11 @@ def load_denoiser(path_or_repo, device="cpu", dtype=torch.float32, **overrides):
     Raises FileNotFoundError if there is none or it is half-written, ValueError if its config does not fit.
     """
     model = T2MD.from_pixart(path_or_repo, **overrides)
+    for name, p in model.named_parameters():
+        if not name.endswith(("A_log", "dt_bias")):  # rounded, they would change every decay of a long sequence
+            p.data = p.data.to(dtype)
     # nn.Module's `to`: diffusers' own warns of float32 modules that this model does not have
-    return torch.nn.Module.to(model, device, dtype).eval().requires_grad_(False)
+    return torch.nn.Module.to(model, device).eval().requires_grad_(False)
 
 
 def component_path(checkpoint, reference):
@@ -125,6 +129,18 @@ def generate(model, vae, text_encoder, prompts, size, seeds, steps=20, guidance=
     latents = torch.cat([noise_for(seed, vae.channels, h, w) for seed in seeds])
     text, unconditional = text_encoder(prompts), text_encoder([negative] * len(prompts))
     return to_images(vae.decode(denoise(model, text, unconditional, latents, steps, guidance, vae.factor, progress)))
+
+
+def encode_first(text_encoder, captions):
+    """Run the text encoder on all captions it will be asked for -> what stands in for it from then on, kept on the CPU."""
+    known = {caption: text_encoder([caption])[0][0].cpu() for caption in dict.fromkeys(captions)}
+
+    def look_up(captions):
+        features = [known[caption] for caption in captions]
+        pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+        return pad(features), pad([torch.ones(len(f), dtype=torch.long) for f in features])
+
+    return look_up
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -234,7 +250,7 @@ def main():
 
 def run(args):
     records = read_prompts(args.prompts) if args.prompts else [{"prompt": args.prompt}]
-    model = load_denoiser(args.model, args.device, getattr(torch, args.dtype))
+    model = load_denoiser(args.model, dtype=getattr(torch, args.dtype))
     vae, text_encoder = load_parts(model, args.model, args.device)
     multiple = vae.factor * model.config.patch_size
     size = parse_size(args.size or str(model.config.sample_size * vae.factor), multiple)
@@ -253,6 +269,9 @@ def run(args):
             if not os.path.exists(path):
                 wanted.append((record["prompt"], seed, path))
 
+    # the text encoder, by far the largest part at full size, is done and gone before the denoiser enters the card
+    text_encoder = encode_first(text_encoder, [args.negative, *(prompt for prompt, _, _ in wanted)])
+    torch.nn.Module.to(model, args.device)
     tokens = size[0] * size[1] // multiple**2
     at_once = max(1, 4096 // tokens)
     for start in range(0, len(wanted), at_once):

@@ -7,6 +7,7 @@ No network, no GPU, no downloads. What real weights would provide is built here,
 
 import copy
 import functools
+import gc
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import weakref
 
@@ -458,6 +460,36 @@ def test_what_a_step_moves(pair, stage):
     assert all(torch.equal(teacher_before[n], w) for n, w in teacher.state_dict().items())
 
 
+@pytest.mark.parametrize("stage", ["forcing", "kd", "adapt"])
+def test_training_hands_size_conditions_to_weights_that_want_them(tmp_path, stage):
+    shuffled(pixart(128)).save_pretrained(tmp_path)
+    teacher = T2MD.from_pixart(str(tmp_path)).requires_grad_(False)
+    student = T2MD.from_pixart(str(tmp_path), pattern="SW", d_state=8, head_dim=16)
+    x = inputs()
+    batch = dict(z0=x["z"], noise=torch.randn_like(x["z"]), t=x["t"], text=x["text"], mask=x["mask"])
+    schedule = train.DDPMScheduler(1000, beta_start=1e-4, beta_end=2e-2)
+    terms = lambda **conditions: train.stage_terms(stage, student, teacher, schedule, batch, lambda loss: None, **conditions)
+    one, again, other = (terms(**sample.size_conditions(student, *size, 2)) for size in ((128, 128), (128, 128), (64, 2048)))
+    assert one == again and one.keys() == other.keys() and all(one[name] != other[name] for name in one)
+    with pytest.raises(ValueError, match="conditioned on size"):
+        terms()
+
+
+def test_bfloat16_holds_over_4096_tokens(tmp_path):
+    """As sampled with --dtype bfloat16: near float32, and finite with activations a thousand times larger."""
+    model = shuffled(T2MD(pattern="SHW>", **TINY)).eval()
+    model.save_pretrained(tmp_path)
+    exact, rounded = (sample.load_denoiser(str(tmp_path), dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    mamba = rounded.blocks[1].mixer.mamba
+    assert mamba.A_log.dtype == mamba.dt_bias.dtype == torch.float32 and mamba.in_proj.weight.dtype == torch.bfloat16
+    x = inputs(1, size=(128, 128))
+    with torch.no_grad():
+        want = t2md.predict_noise(exact, x["z"], x["t"], x["text"], x["mask"])
+        got = t2md.predict_noise(rounded, x["z"].bfloat16(), x["t"], x["text"].bfloat16(), x["mask"]).float()
+        large = t2md.predict_noise(rounded, 1000 * x["z"].bfloat16(), x["t"], 1000 * x["text"].bfloat16(), x["mask"])
+    assert relative(got, want) < 0.03 and torch.isfinite(large).all()
+
+
 # -- 7. the sampler is diffusers' --------------------------------------------------------------------------------
 
 
@@ -524,6 +556,32 @@ def test_standardised_vae_is_the_same_vae():
     mean, std = (q.mean - p.mean * q.std / p.std).mean((0, 2, 3)), (q.std / p.std).mean((0, 2, 3))
     assert torch.allclose(p.mean * std[:, None, None] + mean[:, None, None], q.mean, atol=1e-4)
     assert torch.allclose(vae.decode(q.mean).sample, same.decode(p.mean).sample, atol=1e-4)
+
+
+def test_the_text_encoder_is_gone_before_the_denoiser_works(monkeypatch, tmp_path):
+    """And what it said of each caption stands in for it, padded and masked."""
+    loaded, gone, load_parts = [], [], sample.load_parts
+
+    def load(*arguments):
+        parts = load_parts(*arguments)
+        loaded.append(weakref.ref(parts[1].model))
+        return parts
+
+    def denoise(model, text, negative, latents, *_):
+        gc.collect()
+        gone.append(loaded[0]() is None)
+        return latents
+
+    monkeypatch.setattr(sample, "load_parts", load)
+    monkeypatch.setattr(sample, "denoise", denoise)
+    monkeypatch.setattr(sys, "argv", ["sample.py", "a photo of a star", "--out", str(tmp_path)])
+    sample.main()
+    assert gone == [True]
+    encoder = TextEncoder(os.path.join(HERE, "assets", "text_encoder"))
+    captions = ["a photo of a red circle and a blue square", "", "a photo of a star"]
+    features, mask = encoder(captions)
+    looked_up, known = sample.encode_first(encoder, captions)(captions)
+    assert torch.equal(mask, known) and torch.allclose(features * mask[..., None], looked_up, atol=1e-5)
 
 
 # -- 8. the shapes world -----------------------------------------------------------------------------------------
@@ -619,6 +677,126 @@ def test_draws_depend_on_their_place_alone():
     assert torch.equal(values[2, 1], again)
     assert len({tuple(v.tolist()) for v in values.values()}) == 9
     assert not torch.equal(again, torch.rand(3, generator=train.draw(1, "kd", 2, 1)))
+
+
+def write_images(folder):
+    """A small imagefolder with every kind of trouble; the usable ones are red at the left edge of the upright picture."""
+    pixels = np.full((60, 90, 3), 255, np.uint8)
+    pixels[:, :30] = (200, 30, 30)
+    image = Image.fromarray(pixels)
+    rotated, grey16 = Image.Exif(), np.full((60, 90), 60000, np.uint16)
+    rotated[274] = 6  # turn a quarter clockwise to see it upright
+    grey16[:, :30] = 10000
+    clear = image.convert("RGBA")
+    clear.putalpha(Image.fromarray(np.uint8(np.arange(90) < 45)[None].repeat(60, 0) * 255))
+    os.makedirs(folder / "images")
+    saved = {"plain.png": image, "palette.png": image.quantize(8), "clear.png": clear, "grey.jpg": image.convert("L"),
+             "cmyk.jpg": image.convert("CMYK"), "sixteen.png": Image.fromarray(grey16), "tall.png": image.rotate(-90, expand=True)}
+    for name, picture in saved.items():
+        picture.save(folder / "images" / name)
+    image.rotate(90, expand=True).save(folder / "images" / "turned.jpg", exif=rotated)
+    (folder / "images" / "broken.png").write_bytes(b"no image")
+    whole = (folder / "images" / "cmyk.jpg").read_bytes()
+    (folder / "images" / "half.jpg").write_bytes(whole[: len(whole) * 3 // 4])
+    lines = [{"file_name": f"images/{name}", "text": f"this is {name}"} for name in (*saved, "turned.jpg", "half.jpg", "broken.png", "absent.png")]
+    lines += [{"file_name": "images/plain.png", "text": " "}, {"file_name": "images/plain.png"}]
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\nnot json\n")
+    return [*saved, "turned.jpg"]
+
+
+def write_shards(folder, names, images):
+    """The same images as two tar shards, one caption as .json, the other ones as .txt, and a third shard cut short."""
+    for shard in range(2):
+        with tarfile.open(folder / f"shard-{shard}.tar", "w") as tar:
+            for k, name in list(enumerate(names))[shard::2]:
+                key, suffix = os.path.splitext(name)
+                caption = (".json", json.dumps({"caption": f"this is {name}"})) if k == 0 else (".txt", f"this is {name}")
+                (folder / "caption").write_text(caption[1])
+                tar.add(folder / "caption", f"{key}{caption[0]}")
+                tar.add(images / name, f"{key}{suffix}")
+    whole = (folder / "shard-0.tar").read_bytes()
+    (folder / "shard-2.tar").write_bytes(whole[:700])
+
+
+def test_images_come_out_right_from_folders_and_shards(tmp_path):
+    (tmp_path / "folder").mkdir()
+    good = write_images(tmp_path / "folder")
+    write_shards(tmp_path, good, tmp_path / "folder" / "images")
+    folder = train.ImageData(str(tmp_path / "folder"), 128, None, None, 0, str(tmp_path / "cache"))
+    shards = train.ImageData(str(tmp_path / "shard-*.tar"), 128, None, None, 0, str(tmp_path / "cache"))
+    assert folder.skipped == {"no such file": 1, "an empty caption": 1, "a line without file_name and text": 2,
+                              "not readable as an image (UnidentifiedImageError)": 1}
+    assert sorted(folder.prompts) == sorted(f"this is {name}" for name in (*good, "half.jpg"))
+    assert sum(shards.skipped.values()) == 1 and "not a whole tar file" in next(iter(shards.skipped))
+    assert sorted(shards.prompts) == sorted(f"this is {name}" for name in good)
+    for data in (folder, shards):
+        for k, prompt in enumerate(data.prompts):
+            if "half" in prompt:
+                continue
+            picture = np.asarray(data.picture(k, torch.Generator().manual_seed(0))[1], float)
+            height, width = data.items[k][4]
+            assert picture.shape == (height, width, 3) and (height > width) == ("tall" in prompt)
+            left, right = (picture[:3, width // 2] if "tall" in prompt else picture[height // 2, :3]), picture[-3:, -3:]
+            if "sixteen" in prompt:
+                assert np.allclose(left, 10000 // 257, atol=2) and np.allclose(right, 60000 // 257, atol=2)
+            elif "grey" in prompt:
+                assert np.allclose(left, left[0, 0]) and left.max() < 100 and right.min() > 250
+            else:
+                assert np.allclose(left, (200, 30, 30), atol=25) and right.min() > 250, prompt
+    half = folder.prompts.index("this is half.jpg")
+    number, _ = folder.picture(half)
+    assert number != half and folder.items[number][4] == folder.items[half][4]
+    assert any("not decodable" in reason for reason in folder.skipped)
+
+
+def test_every_image_comes_once_in_an_epoch_whoever_takes_it(tmp_path):
+    (tmp_path / "folder").mkdir()
+    write_images(tmp_path / "folder")
+    data = train.ImageData(str(tmp_path / "folder"), 128, None, None, 0, str(tmp_path / "cache"))
+    take = lambda turn, indices: data.choose(turn, indices, 2)
+    per_epoch = sum(-(-len(members) // 2) for members in data.buckets.values())
+    epochs = [[take(turn, (0, 1)) for turn in range(e * per_epoch, (e + 1) * per_epoch)] for e in range(2)]
+    for epoch in epochs:
+        assert {k for batch in epoch for k in batch} == set(range(len(data.items)))
+        assert sum(map(len, epoch)) <= len(data.items) + len(data.buckets)
+        assert all(len({data.items[k][4] for k in batch}) == 1 for batch in epoch)
+    assert epochs[0] != epochs[1]
+    assert [take(turn, (0,)) + take(turn, (1,)) for turn in range(per_epoch)] == epochs[0]
+
+
+def fingerprint_tree(folder):
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_training_on_a_folder_and_looking_at_it(chain, tmp_path):
+    (tmp_path / "folder").mkdir()
+    write_images(tmp_path / "folder")
+    looked = run("train.py", "--stage", "data", "--data", str(tmp_path / "folder"), "--out", str(tmp_path / "out"))
+    assert looked.returncode == 0 and "9 images in 2 buckets" in looked.stdout and "6 skipped" in looked.stdout, looked.stderr
+    assert Image.open(tmp_path / "out" / "data.png").size[0] == 6 * 192
+    result = run("train.py", "--stage", "forcing", "--data", str(tmp_path / "folder"), "--steps", "3", "--batch-size", "2", "--examples", "0",
+                 "--teacher", os.path.join(chain, "teacher"), "--out", str(tmp_path / "out"))
+    assert result.returncode == 0 and "no such file" in result.stdout, result.stderr
+    assert len(open(tmp_path / "out" / "forcing" / "log.jsonl").readlines()) == 3
+    cached = ["train.py", "--data", str(tmp_path / "folder"), "--batch-size", "2", "--teacher", os.path.join(chain, "teacher"), "--examples", "0",
+              "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "features")]
+    result = run(*cached, "--stage", "kd", "--steps", "2")
+    assert result.returncode == 0 and "1 x not decodable" in result.stdout, result.stderr
+    made = fingerprint_tree(tmp_path / "features")
+    assert len(made) == 8 + 10 + 1  # moments, captions with the broken one's and the empty one, cache.json
+    result = run(*cached, "--stage", "kd", "--steps", "3")
+    assert result.returncode == 0 and made == fingerprint_tree(tmp_path / "features"), result.stderr
+    for name in ("vae", "text_encoder"):
+        other = [f"--{name.replace('_', '-')}", os.path.join(chain, name + "_adapt")]
+        with pytest.raises(ValueError, match=f"features was made with another {name.replace('_', ' ')}"):
+            train.run_stage("kd", train.parse_arguments([*cached[1:], "--stage", "kd", "--steps", "4", *other]))
+    with pytest.raises(ValueError, match="another pixels"):
+        train.claim_cache(str(tmp_path / "features"), VAE(os.path.join(chain, "vae")), TextEncoder(os.path.join(chain, "text_encoder")), [256])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "metadata.jsonl").write_text('{"file_name": "absent.png", "text": "a"}\n')
+    for source, why in ((tmp_path / "empty", "no usable image"), (tmp_path / "nothing", "neither shapes, nor a folder"), (tmp_path, "without metadata.jsonl")):
+        with pytest.raises(ValueError, match=why):
+            train.run_stage("forcing", train.parse_arguments(["--stage", "forcing", "--data", str(source), "--out", str(tmp_path / "no"), *cached[5:7]]))
 
 
 # -- 9. the commands ---------------------------------------------------------------------------------------------
@@ -735,15 +913,14 @@ def test_a_teacher_can_be_trained_further(chain, tmp_path, monkeypatch):
 def test_two_processes_and_gradient_accumulation_equal_one_process(chain, tmp_path, stage):
     """5 steps of 6 images: by one process; by two over gloo; by one, an image at a time."""
     script = tmp_path / "train_with_adam.py"  # Muon rounds to bfloat16, which hides what is compared here
-    script.write_text(f"import sys; sys.path.insert(0, {HERE!r}); import train; train.CONFIGS['shapes']['stages'][{stage!r}]['muon'] = False; "
-                      "train.sample_records = lambda *a, **k: [train.Image.new('RGB', (8, 8))] * 12; train.main()")
+    script.write_text(f"import sys; sys.path.insert(0, {HERE!r}); import train; train.CONFIGS['shapes']['stages'][{stage!r}]['muon'] = False; train.main()")
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533"]
     weights = {}
     for name, launcher, more in (("one", [], []), ("two", torchrun, []), ("accumulated", [], ["--micro-batch", "1"])):
         for part in ("vae", "text_encoder", "forcing"):
             if part != stage:
                 shutil.copytree(os.path.join(chain, part), tmp_path / name / part)
-        result = run(*launcher, str(script), "--stage", stage, "--steps", "5", "--batch-size", "6", "--lr", "1e-3", "--out",
+        result = run(*launcher, str(script), "--stage", stage, "--steps", "5", "--batch-size", "6", "--lr", "1e-3", "--examples", "0", "--out",
                      str(tmp_path / name), "--teacher", os.path.join(chain, "teacher"), *more)
         assert result.returncode == 0, result.stderr
         state = torch.load(tmp_path / name / stage / "training_state.pt", weights_only=True)["network"]

@@ -3,6 +3,7 @@
     python train.py --stage kd           # from the shipped teacher: forcing first if there is none yet, then kd
     python train.py --stage all          # the whole chain from no weights at all
     python train.py --stage eval         # the six GenEval-type scores of teacher and students, beside each other
+    python train.py --stage data --data DIR_OR_TARS     # what a data set of images holds, bucket by bucket
 
     stage     starts from   trains                    loss           size (x base)
     teacher   nothing       VAE, T5, then the DiT     their own      1
@@ -20,19 +21,26 @@ Sections: 1 the shapes world - 2 configurations - 3 data - 4 VAE and T5 of the s
 """
 
 import argparse
+import collections
+import concurrent.futures
 import contextlib
 import copy
 import ctypes
 import datetime
 import functools
+import glob
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import sys
+import tarfile
+import textwrap
 import time
 import zlib
 
@@ -41,14 +49,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers.image_processor import PixArtImageProcessor
+from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import (
+    ASPECT_RATIO_256_BIN, ASPECT_RATIO_512_BIN, ASPECT_RATIO_1024_BIN, ASPECT_RATIO_2048_BIN)
 from diffusers.training_utils import EMAModel
-from PIL import Image, ImageDraw
+from PIL import ExifTags, Image, ImageDraw, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from sample import component_path, generate, load_denoiser, load_parts, read_prompts
+from sample import component_path, generate, load_denoiser, load_parts, read_prompts, size_conditions
 from t2md import T2MD, VAE, MambaMixer, TextEncoder, forcing_loss, kd_loss, mse_loss, predict_noise
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -318,7 +329,31 @@ def to_pixels(images):
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-class ShapesData:
+class Data:
+    """What both kinds of data share. They have `prompts`; fetch(turn, indices, images, generators) -> the numbers of
+    the samples and their latent moments (B, 2, C, h, w); text_of(captions) -> features and mask."""
+
+    def batch(self, turn, indices, images, generators, timesteps=None, drop=0.1):
+        """Samples `indices` of global batch number `turn`, of `images` samples, a torch.Generator for each
+        -> dict of latents z0 and noise (B, C, h, w), t (B,), text (B, T, width), mask (B, T).
+
+        timesteps: uniform, or (mean, deviation) of a normal distribution cut to [0, 1000).
+        A caption is dropped (replaced by the empty one) with probability `drop`, for classifier-free guidance.
+        """
+        numbers, moments = self.fetch(turn, indices, images, generators)
+        captions = ["" if torch.rand((), generator=g) < drop else self.prompts[k] for k, g in zip(numbers, generators)]
+        (mean, std), t = moments.float().unbind(1), []
+        for g in generators:
+            if timesteps is None:
+                t.append(torch.randint(1000, (), generator=g))
+            else:
+                t.append((timesteps[0] + timesteps[1] * torch.randn((), generator=g)).clamp(0, 999).long())
+        normal = lambda: torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
+        text, mask = self.text_of(captions)
+        return dict(z0=mean + std * normal(), noise=normal(), t=torch.stack(t), text=text, mask=mask)
+
+
+class ShapesData(Data):
     """Captioned pictures of the shapes world, encoded once: latent moments and caption features in memory.
 
     Picture k is drawn from (seed, k). The moments are kept in `folder` under a name made of everything they
@@ -329,9 +364,7 @@ class ShapesData:
         draws = [np.random.default_rng([seed, pixels, k]) for k in range(count)]
         records = [training_record(rng) for rng in draws]
         self.prompts = [record["prompt"] for record in records]
-        weights = b"".join(p.detach().cpu().float().numpy().tobytes() for p in vae.model.parameters())
-        name = hashlib.sha256(weights + f"{pixels}/{count}/{seed}".encode()).hexdigest()[:16]
-        path = os.path.join(folder, f"{pixels}px-{count}-{name}.safetensors")
+        path = os.path.join(folder, f"{pixels}px-{count}-seed{seed}-{weights_name(vae.model)}.safetensors")
         with rank_zero_first():
             if not os.path.exists(path):
                 moments = []
@@ -349,27 +382,241 @@ class ShapesData:
         self.features, self.mask = features.float().cpu(), mask.cpu()
         self.row = {caption: i for i, caption in enumerate(captions)}
 
-    def batch(self, generators, timesteps=None, drop=0.1):
-        """One sample per generator -> dict of latents z0 and noise (B, C, h, w), t (B,), text (B, T, width), mask.
+    def fetch(self, turn, indices, images, generators):
+        numbers = [int(torch.randint(len(self.prompts), (), generator=g)) for g in generators]
+        return numbers, self.moments[numbers]
 
-        timesteps: uniform, or (mean, deviation) of a normal distribution cut to [0, 1000).
-        A caption is dropped (replaced by the empty one) with probability `drop`, for classifier-free guidance.
-        """
-        z0, noise, t, rows = [], [], [], []
-        for g in generators:
-            k = int(torch.randint(len(self.prompts), (), generator=g))
-            rows.append(self.row["" if torch.rand((), generator=g) < drop else self.prompts[k]])
-            if timesteps is None:
-                t.append(torch.randint(1000, (), generator=g))
-            else:
-                t.append((timesteps[0] + timesteps[1] * torch.randn((), generator=g)).clamp(0, 999).long())
-            mean, std = self.moments[k].float()
-            z0.append(mean + std * torch.randn(mean.shape, generator=g))
-            noise.append(torch.randn(mean.shape, generator=g))
-        mask = self.mask[rows]
-        length = int(mask.sum(1).max())
-        text, mask = self.features[rows][:, :length], mask[:, :length]
-        return dict(z0=torch.stack(z0), noise=torch.stack(noise), t=torch.stack(t), text=text, mask=mask)
+    def text_of(self, captions):
+        rows = [self.row[caption] for caption in captions]
+        length = int(self.mask[rows].sum(1).max())
+        return self.features[rows][:, :length], self.mask[rows][:, :length]
+
+
+def list_images(source):
+    """The captioned images of a data set, none decoded: yields (file, offset, length, caption), or (file, reason) for
+    a record that is none.
+
+    source: a folder with metadata.jsonl (Hugging Face's imagefolder: file_name, text), or a glob of WebDataset tar
+    shards: an image and a .txt, or a .json with "caption" or "text", of the same key. Shards stay packed: their image is
+    the `length` bytes at `offset`.  Raises ValueError if there is neither.
+    """
+    if os.path.isdir(source):
+        metadata = os.path.join(source, "metadata.jsonl")
+        if not os.path.exists(metadata):
+            raise ValueError(f"--data {source} is a folder without metadata.jsonl, which names its images (file_name) and captions (text)")
+        with open(metadata, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    record = json.loads(line)
+                    path, caption = os.path.join(source, record["file_name"]), record["text"].strip()
+                    yield path, 0, os.path.getsize(path), caption
+                except OSError:
+                    yield path, "no such file"
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    yield metadata, "a line without file_name and text"
+        return
+    shards = sorted(glob.glob(source))
+    if not shards:
+        raise ValueError(f"--data {source} is neither shapes, nor a folder, nor a pattern that matches tar shards")
+    for shard in shards:
+        try:
+            with tarfile.open(shard, "r:") as tar:
+                for key, members in itertools.groupby((m for m in tar if m.isfile()), lambda m: m.name.rpartition("/")[0] + "/" + os.path.basename(m.name).split(".")[0]):
+                    parts = {os.path.splitext(m.name)[1].lower(): m for m in members}
+                    image = next((m for suffix, m in parts.items() if suffix in Image.registered_extensions()), None)
+                    try:
+                        if ".txt" in parts:
+                            caption = tar.extractfile(parts[".txt"]).read().decode()
+                        else:
+                            record = json.load(tar.extractfile(parts[".json"]))
+                            caption = record.get("caption") or record["text"]
+                        yield shard, image.offset_data, image.size, caption.strip()
+                    except (ValueError, KeyError, AttributeError):
+                        yield f"{shard}:{key}", "no image, or no caption beside it"
+        except (tarfile.TarError, OSError) as error:
+            yield shard, f"not a whole tar file ({error})"
+
+
+def open_image(file, offset, length):
+    """A PIL image, not yet decoded, from `length` bytes of a file."""
+    with open(file, "rb") as f:
+        f.seek(offset)
+        return Image.open(io.BytesIO(f.read(length)))
+
+
+def to_rgb(image):
+    """Any PIL image as RGB: upright (EXIF), 16 bits scaled down, transparency over white, palette and CMYK converted."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray(np.uint8(np.asarray(image).clip(0, 65535) // 257))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def aspect_ratios(pixels):
+    """The buckets of a base size: {height / width: (height, width)}, from the tables that diffusers ships."""
+    tables = {256: ASPECT_RATIO_256_BIN, 512: ASPECT_RATIO_512_BIN, 1024: ASPECT_RATIO_1024_BIN, 2048: ASPECT_RATIO_2048_BIN}
+    if pixels in tables:
+        return tables[pixels]
+    return {ratio: [max(16, round(side * pixels / 1024 / 16) * 16) for side in sides] for ratio, sides in ASPECT_RATIO_1024_BIN.items()}
+
+
+class ImageData(Data):
+    """Captioned images of a folder or of tar shards, in buckets of like aspect ratio.
+
+    Every image is opened once to learn its size; that index is kept in `folder` under a name made of the files' names,
+    sizes and dates. What cannot be opened or has no caption is skipped and counted.
+    Attributes: items [(file, offset, length, caption, (height, width) of its bucket)], skipped {reason: count}.
+    Raises ValueError, saying what was looked for, if nothing is usable.
+    """
+
+    def __init__(self, source, pixels, vae, text_encoder, seed, folder, cache=None):
+        self.pixels, self.vae, self.text_encoder, self.seed, self.cache = pixels, vae, text_encoder, seed, cache
+        listed, self.skipped, self.items = list(list_images(source)), collections.Counter(), []
+        stamp = json.dumps([[*entry, os.path.exists(entry[0]) and os.path.getmtime(entry[0])] for entry in listed])
+        path = os.path.join(folder, f"index-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.json")
+        with rank_zero_first():
+            if not os.path.exists(path):
+                sizes = [self.look(*entry) for entry in tqdm(listed, desc=f"looking at the images of {source}", disable=RANK > 0)]
+                write_atomically(path, lambda path: open(path, "w").write(json.dumps(sizes)))
+        ratios = aspect_ratios(pixels)
+        self.buckets = {}
+        for entry, size in zip(listed, json.load(open(path))):
+            if isinstance(size, str):
+                self.skipped[size] += 1
+                continue
+            bucket = PixArtImageProcessor.classify_height_width_bin(*size, ratios)
+            self.buckets.setdefault(bucket, []).append(len(self.items))
+            self.items.append((*entry, bucket))
+        if not self.items:
+            why = ", ".join(f"{count} x {reason}" for reason, count in self.skipped.items()) or "it is empty"
+            raise ValueError(f"--data {source} has no usable image; looked for images with captions, skipped: {why}")
+        self.prompts = [item[3] for item in self.items]
+        self.order = functools.lru_cache(maxsize=2)(self.order)
+        if cache:
+            self.fill_cache()
+
+    @staticmethod
+    def look(file, *entry):
+        """(height, width) of an image, or the reason why it is skipped."""
+        if len(entry) == 1:
+            return entry[0]
+        if not entry[2]:
+            return "an empty caption"
+        try:
+            image = open_image(file, *entry[:2])
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+        except Exception as error:  # decoders raise anything
+            return f"not readable as an image ({type(error).__name__})"
+        return image.size if turned else image.size[::-1]
+
+    def order(self, epoch, images):
+        """The batches of an epoch, [image numbers], each of one bucket: every bucket shuffled, cut into batches (the
+        last one filled from its beginning), all batches shuffled."""
+        rng, batches = np.random.default_rng([self.seed, epoch]), []
+        for members in self.buckets.values():
+            count = -(-len(members) // images)
+            batches += list(np.resize(rng.permutation(members), count * images).reshape(count, images))
+        return [batches[k] for k in rng.permutation(len(batches))]
+
+    def choose(self, turn, indices, images):
+        per_epoch = sum(-(-len(members) // images) for members in self.buckets.values())
+        batch = self.order(turn // per_epoch, images)[turn % per_epoch]
+        return [int(batch[i]) for i in indices]
+
+    def picture(self, k, generator=None):
+        """Image k, scaled to cover its bucket's size and cropped to it, at random or in the middle -> (its number, image).
+        Where it turns out to be broken, the next one of its bucket takes its place."""
+        height, width = bucket = self.items[k][4]
+        members = self.buckets[bucket]
+        first = members.index(k)
+        for k in members[first:] + members[:first]:
+            try:
+                image = to_rgb(open_image(*self.items[k][:3]))
+                break
+            except Exception as error:
+                self.skipped[f"not decodable ({type(error).__name__})"] += 1
+        else:
+            raise ValueError(f"not one image for {width} x {height} can be decoded")
+        scale = max(width / image.width, height / image.height)
+        image = image.resize((max(width, round(scale * image.width)), max(height, round(scale * image.height))), Image.LANCZOS)
+        spare = image.width - width, image.height - height
+        x, y = (int(torch.randint(s + 1, (), generator=generator)) if generator else s // 2 for s in spare)
+        return k, image.crop((x, y, x + width, y + height))
+
+    def encode(self, pictures):
+        return torch.stack(self.vae.moments(to_pixels(pictures)), dim=1).cpu()
+
+    def fetch(self, turn, indices, images, generators):
+        numbers = self.choose(turn, indices, images)
+        if self.cache:
+            return numbers, torch.stack([load_file(self.cached(f"{self.pixels}px", self.items[k][:3]))["moments"] for k in numbers])
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            numbers, pictures = zip(*pool.map(self.picture, numbers, generators))
+        return numbers, self.encode(pictures)
+
+    def text_of(self, captions):
+        if self.cache:
+            features = [load_file(self.cached("text", caption))["features"] for caption in captions]
+            mask = [torch.ones(len(f), dtype=torch.long) for f in features]
+            pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+            return pad(features).float(), pad(mask)
+        features, mask = self.text_encoder(captions)
+        return features.float().cpu(), mask.cpu()
+
+    def cached(self, kind, what):
+        name = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+        return os.path.join(self.cache, kind, name[:2], name[2:20] + ".safetensors")
+
+    def fill_cache(self):
+        """Compute what the cache lacks, this process's share of it: text features trimmed to their tokens, and the
+        moments of the middle crop. What is there stays, so a run that was cut off goes on. Images that turn out to be
+        broken leave the data set."""
+        captions = [caption for caption in sorted({"", *self.prompts}) if not os.path.exists(self.cached("text", caption))]
+        for caption in tqdm(captions[RANK::WORLD], desc="encoding captions", disable=RANK > 0):
+            features, _ = self.text_encoder([caption])
+            self.store("text", caption, features=features[0])
+        for bucket, members in self.buckets.items():
+            for k in tqdm(members[RANK::WORLD], desc=f"encoding images of {bucket[1]} x {bucket[0]}", disable=RANK > 0):
+                if not os.path.exists(self.cached(f"{self.pixels}px", self.items[k][:3])):
+                    number, picture = self.picture(k)
+                    if number == k:
+                        self.store(f"{self.pixels}px", self.items[k][:3], moments=self.encode([picture])[0])
+        if WORLD > 1:
+            dist.barrier()
+        there = lambda k: os.path.exists(self.cached(f"{self.pixels}px", self.items[k][:3]))
+        self.buckets = {bucket: kept for bucket, members in self.buckets.items() if (kept := list(filter(there, members)))}
+
+    def store(self, kind, what, **tensors):
+        write_atomically(self.cached(kind, what), lambda path: save_file({k: v.half().cpu().contiguous() for k, v in tensors.items()}, path))
+
+
+def weights_name(module):
+    """A short name of a network's weights: of every parameter's shape and up to 64 of its values."""
+    digest = hashlib.sha256()
+    for p in module.parameters():
+        values = p.detach().flatten()[:: max(1, p.numel() // 64)].cpu().float().numpy()
+        digest.update(f"{tuple(p.shape)}".encode() + values.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def claim_cache(folder, vae, text_encoder, pixels):
+    """Make a folder the feature cache of these components and sizes, or find that it is.
+
+    Raises ValueError, naming what differs, if it was made with another VAE, text encoder or size.
+    """
+    ours = dict(vae=weights_name(vae.model), text_encoder=weights_name(text_encoder.model), pixels=sorted(pixels))
+    path = os.path.join(folder, "cache.json")
+    with rank_zero_first():
+        if not os.path.exists(path):
+            write_atomically(path, lambda path: open(path, "w").write(json.dumps(ours)))
+    theirs = json.load(open(path))
+    for what in ours:
+        if ours[what] != theirs.get(what):
+            raise ValueError(f"--cache {folder} was made with another {what.replace('_', ' ')} ({theirs.get(what)}; this run has {ours[what]}); "
+                             "give this run a folder of its own")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -795,6 +1042,7 @@ def start_model(stage, args, folder):
         torch.manual_seed(zlib.crc32(f"{args.seed}/{stage}".encode()))
         model = T2MD.from_pixart(before, **overrides)
         parts = parts or {name: component_path(before, model.config[name]) for name in ("vae", "text_encoder")}
+    parts |= {name: path for name in parts if stage == args.stage and (path := getattr(args, name))}
     model.register_to_config(**{name: os.path.relpath(path, folder) if os.path.isdir(path) else path for name, path in parts.items()})
     return model
 
@@ -808,21 +1056,21 @@ def adapted_component(name, args):
     return shipped if os.path.isdir(shipped) and not own_teacher else make_component(f"{name}_adapt", args)
 
 
-def stage_terms(stage, model, teacher, schedule, batch, backward):
-    """One step's forward and backward pass on a batch of ShapesData -> {name: detached term}."""
+def stage_terms(stage, model, teacher, schedule, batch, backward, **conditions):
+    """One step's forward and backward pass on a batch of Data -> {name: detached term}. conditions: `size_conditions`."""
     t, noise, text, mask = batch["t"], batch["noise"], batch["text"], batch["mask"]
     z_t = schedule.add_noise(batch["z0"], noise, t)
     if stage == "forcing":
-        return dict(forcing=forcing_loss(model, teacher, z_t, t, text, mask, backward))
+        return dict(forcing=forcing_loss(model, teacher, z_t, t, text, mask, backward, **conditions))
     if stage == "kd":
-        loss, terms = kd_loss(model, teacher, z_t, t, text, mask, noise)
+        loss, terms = kd_loss(model, teacher, z_t, t, text, mask, noise, **conditions)
     elif stage == "teacher":
         # not the paper's: errors weigh 1 / sqrt(SNR), or what is where and which colour is whose is learned last
         alpha_bar = schedule.alphas_cumprod.to(t.device)[t]
-        error = (predict_noise(model, z_t, t, text, mask).float() - noise).square().mean((1, 2, 3))
+        error = (predict_noise(model, z_t, t, text, mask, **conditions).float() - noise).square().mean((1, 2, 3))
         loss, terms = ((alpha_bar / (1 - alpha_bar)).rsqrt().clamp(1.0, 8.0) * error).mean(), dict(mse=error.mean().detach())
     else:
-        loss = mse_loss(noise, predict_noise(model, z_t, t, text, mask))
+        loss = mse_loss(noise, predict_noise(model, z_t, t, text, mask, **conditions))
         terms = dict(mse=loss.detach())
     backward(loss)
     return terms
@@ -849,17 +1097,25 @@ def run_stage(stage, args):
     teacher = load_denoiser(teacher_folder(args), args.device) if stage in ("forcing", "kd") else None
     schedule = DDPMScheduler(1000, beta_start=1e-4, beta_end=2e-2, beta_schedule=model.config.beta_schedule)
     sizes, shares, base = list(plan["sizes"]), list(plan["sizes"].values()), config["base_pixels"]
-    count = min(plan["pictures"], plan["steps"] * plan["batch_size"])
-    data = {m: ShapesData(m * base, count, vae, text_encoder, args.seed, os.path.join(args.out, "cache")) for m in sizes}
-
-    def multiple(step):
-        return sizes[int(torch.multinomial(torch.tensor(shares), 1, generator=draw(args.seed, stage, step, -1)))]
+    where = (vae, text_encoder, args.seed, os.path.join(args.out, "cache"))
+    if args.data == "shapes":
+        count = min(plan["pictures"], plan["steps"] * plan["batch_size"])
+        data = {m: ShapesData(m * base, count, *where) for m in sizes}
+    else:
+        if args.cache:
+            claim_cache(args.cache, vae, text_encoder, [m * base for m in sizes])
+        data = {m: ImageData(args.data, m * base, *where, args.cache) for m in sizes}
+    multiple = [sizes[int(torch.multinomial(torch.tensor(shares), 1, generator=draw(args.seed, stage, step, -1)))]
+                for step in range(plan["steps"])]
+    images = lambda step: max(1, plan["batch_size"] // multiple[step] ** 2)
 
     def loss_terms(step, indices, backward):
-        batch = data[multiple(step)].batch([draw(args.seed, stage, step, i) for i in indices], plan.get("timesteps"))
-        return stage_terms(stage, model, teacher, schedule, {k: v.to(args.device) for k, v in batch.items()}, backward)
+        turn, generators = multiple[:step].count(multiple[step]), [draw(args.seed, stage, step, i) for i in indices]
+        batch = data[multiple[step]].batch(turn, indices, images(step), generators, plan.get("timesteps"))
+        conditions = size_conditions(model, *(side * vae.factor for side in batch["z0"].shape[-2:]), len(indices))
+        return stage_terms(stage, model, teacher, schedule, {k: v.to(args.device) for k, v in batch.items()}, backward, **conditions)
 
-    examples = heldout_records(12, args.seed)
+    examples = heldout_records(args.examples, args.seed)
 
     @functools.lru_cache(maxsize=None)
     def upper_row():
@@ -873,9 +1129,12 @@ def run_stage(stage, args):
         grid = side_by_side(upper_row(), sample_records(model, vae, text_encoder, examples, base))
         write_atomically(path, lambda path: grid.save(path, format="PNG"))
 
-    fit(stage, folder, model, loss_terms, plan, args, lambda folder: save_model(model, folder, config["save_dtype"]), show,
-        images=lambda step: max(1, plan["batch_size"] // multiple(step) ** 2))
-    print(f"{stage}: {plan['steps']} steps done, the model is in {folder}")
+    fit(stage, folder, model, loss_terms, plan, args, lambda folder: save_model(model, folder, config["save_dtype"]),
+        show if examples else None, images)
+    for m, source in data.items():
+        if getattr(source, "skipped", None):
+            print(f"skipped at {m * base} px: " + ", ".join(f"{n} x {reason}" for reason, n in source.skipped.items()))
+    print(f"{stage}: {plan['steps']} steps done, peak memory {peak_memory(args.device):.1f} GiB, the model is in {folder}")
     return folder
 
 
@@ -913,6 +1172,41 @@ def evaluate(images, records):
     return scores | {"overall": float(np.mean(list(scores.values())))}
 
 
+def contact_sheet(pictures, captions, columns=6, side=192):
+    """Pictures, scaled into squares, each above its caption -> one picture."""
+    line, rows = 12, -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * side, rows * (side + 3 * line)), "white")
+    for n, (picture, caption) in enumerate(zip(pictures, captions)):
+        x, y = n % columns * side, n // columns * (side + 3 * line)
+        sheet.paste(ImageOps.contain(picture, (side - 4, side - 4)), (x + 2, y + 2))
+        text = "\n".join(textwrap.wrap(caption, side // 6)[:3])
+        ImageDraw.Draw(sheet).text((x + 2, y + side), text, fill="black")
+    return sheet
+
+
+def run_data(args):
+    """Look at --data as training sees it: prints how many images each bucket has and what was skipped and why, and
+    writes OUT/data.png, 24 of them with their captions."""
+    pixels, path = args.size or CONFIGS[args.config]["base_pixels"], os.path.join(args.out, "data.png")
+    if args.data == "shapes":
+        rng = np.random.default_rng(args.seed)
+        records = [training_record(rng) for _ in range(24)]
+        pictures, captions = [draw_shapes(record, pixels, rng) for record in records], [record["prompt"] for record in records]
+        print(f"shapes: drawn at {pixels} x {pixels}, as many as asked for")
+    else:
+        data = ImageData(args.data, pixels, None, None, args.seed, os.path.join(args.out, "cache"))
+        shown = [k for batch in data.order(0, 1)[:24] for k in batch]
+        pictures, captions = zip(*[(image, data.prompts[number]) for number, image in map(data.picture, shown)])
+        print(f"{len(data.items)} images in {len(data.buckets)} buckets of about {pixels} x {pixels} px:")
+        for (height, width), members in sorted(data.buckets.items()):
+            print(f"  {width:5} x {height:<5} {len(members):8}")
+        print(f"{sum(data.skipped.values())} skipped")
+        for reason, count in data.skipped.most_common():
+            print(f"  {count:8} {reason}")
+    write_atomically(path, lambda path: contact_sheet(pictures, captions).save(path, format="PNG"))
+    print(path)
+
+
 def run_eval(args):
     """Score checkpoints beside each other, on held-out records or --prompts; prints a table, writes OUT/eval.json
     and OUT/eval.png, a row of pictures for each model and, with --zero-shot, one more of the last at that size."""
@@ -946,6 +1240,13 @@ def run_eval(args):
 # ----------------------------------------------------------------------------------------------------------
 
 
+def peak_memory(device):
+    """GiB that this process has held at once: of the card's memory, or of the machine's."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+
+
 def keep_freed_memory():
     """Tell glibc to keep what tensors free: handing it back costs page faults, a sixth of a step on a CPU."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
@@ -960,10 +1261,14 @@ def parse_arguments(argv=None):
             epilog.append(f"  {config:7} {stage:13}" + ", ".join(f"{k} {v}" for k, v in plan.items()))
     parser = argparse.ArgumentParser(description=__doc__, epilog="\n".join(epilog),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", required=True, choices=(*CHAIN, "all", "eval"),
+    parser.add_argument("--stage", required=True, choices=(*CHAIN, "all", "eval", "data"),
                         help="what to run; what it starts from is run first if it is missing")
     parser.add_argument("--config", default="shapes", choices=CONFIGS,
                         help="shapes, the embedded world (default), or t2md, the paper's model from PixArt-alpha")
+    parser.add_argument("--data", default="shapes", help="shapes (default), a folder with metadata.jsonl (file_name, text), or a "
+                        "quoted glob of WebDataset tar shards; --stage data shows what is in it")
+    parser.add_argument("--cache", metavar="DIR", help="compute the text features and VAE moments of --data once, into DIR, and train "
+                        "from them; one folder for each set of components and sizes")
     parser.add_argument("--out", help="folder of all checkpoints, logs and pictures (default: runs/CONFIG)")
     parser.add_argument("--seed", type=int, default=0, help="of every random draw (default 0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -975,15 +1280,19 @@ def parse_arguments(argv=None):
                        "share follows, gradients add up (default: all at once)")
     stage.add_argument("--lr", type=float, help="peak learning rate")
     stage.add_argument("--save-every", type=int, help="steps between checkpoints")
+    stage.add_argument("--examples", type=int, default=12, help="pictures drawn beside the teacher's at every checkpoint (default 12; 0: none)")
     model = parser.add_argument_group("models")
     model.add_argument("--teacher", help="the teacher's folder (default: the one trained in OUT, else the shipped one); "
                        "with --stage teacher, one to train further")
+    model.add_argument("--vae", help="folder or repository of the VAE that the stage trains with (default: the one of the model it "
+                       "starts from; for adapt the config's)")
+    model.add_argument("--text-encoder", help="the same for the T5 encoder and its tokenizer")
     model.add_argument("--pattern", help="the student's mixers, a letter a block out of S H W > < v ^")
     evaluation = parser.add_argument_group("--stage eval")
     evaluation.add_argument("--model", nargs="+", help="checkpoints to score (default: all there are)")
     evaluation.add_argument("--prompts", help="GenEval-format metadata .jsonl (default: held-out records)")
     evaluation.add_argument("--records", type=int, default=552, help="how many held-out records (default 552, 92 of each kind)")
-    evaluation.add_argument("--size", type=int, help="pixels of the scored pictures (default: the base size)")
+    evaluation.add_argument("--size", type=int, help="pixels of the scored pictures, and of the buckets of --stage data (default: the base size)")
     evaluation.add_argument("--zero-shot", type=int, metavar="PIXELS",
                             help="adds pictures of the last model at this size to OUT/eval.png")
     args = parser.parse_args(argv)
@@ -1007,8 +1316,8 @@ def main():
         if RANK:
             sys.stdout = open(os.devnull, "w")
     try:
-        if args.stage == "eval":
-            run_eval(args)
+        if args.stage in ("eval", "data"):
+            run_eval(args) if args.stage == "eval" else run_data(args)
         else:
             for stage in [s for s in CHAIN if s in CONFIGS[args.config]["stages"]] if args.stage == "all" else [args.stage]:
                 run_stage(stage, args)
