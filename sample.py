@@ -131,16 +131,16 @@ def generate(model, vae, text_encoder, prompts, size, seeds, steps=20, guidance=
     return to_images(vae.decode(denoise(model, text, unconditional, latents, steps, guidance, vae.factor, progress)))
 
 
+def pad_features(features):
+    """List of (T_i, width) caption features -> features (B, T, width) and mask (B, T), as `TextEncoder` returns them."""
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    return pad(features), pad([torch.ones(len(f), dtype=torch.long) for f in features])
+
+
 def encode_first(text_encoder, captions):
     """Run the text encoder on all captions it will be asked for -> what stands in for it from then on, kept on the CPU."""
     known = {caption: text_encoder([caption])[0][0].cpu() for caption in dict.fromkeys(captions)}
-
-    def look_up(captions):
-        features = [known[caption] for caption in captions]
-        pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-        return pad(features), pad([torch.ones(len(f), dtype=torch.long) for f in features])
-
-    return look_up
+    return lambda captions: pad_features([known[caption] for caption in captions])
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from sample import component_path, generate, load_denoiser, load_parts, read_prompts, size_conditions
+from sample import component_path, generate, load_denoiser, load_parts, pad_features, read_prompts, size_conditions
 from t2md import T2MD, VAE, MambaMixer, TextEncoder, forcing_loss, kd_loss, mse_loss, predict_noise
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -373,9 +373,7 @@ class ShapesData(Data):
                     chunk = slice(start, start + size)
                     images = [draw_shapes(record, pixels, rng) for record, rng in zip(records[chunk], draws[chunk])]
                     moments.append(torch.stack(vae.moments(to_pixels(images)), dim=1).half())
-                os.makedirs(folder, exist_ok=True)
-                save_file({"moments": torch.cat(moments)}, path + ".tmp")
-                os.replace(path + ".tmp", path)
+                write_atomically(path, lambda path: save_file({"moments": torch.cat(moments)}, path))
         self.moments = load_file(path)["moments"]  # (count, 2, C, h, w): mean and standard deviation
         captions = sorted({"", *self.prompts})
         features, mask = text_encoder(captions)
@@ -475,7 +473,8 @@ class ImageData(Data):
     def __init__(self, source, pixels, vae, text_encoder, seed, folder, cache=None):
         self.pixels, self.vae, self.text_encoder, self.seed, self.cache = pixels, vae, text_encoder, seed, cache
         listed, self.skipped, self.items = list(list_images(source)), collections.Counter(), []
-        stamp = json.dumps([[*entry, os.path.exists(entry[0]) and os.path.getmtime(entry[0])] for entry in listed])
+        date = functools.lru_cache(maxsize=None)(lambda file: os.path.exists(file) and os.path.getmtime(file))  # a shard has many images
+        stamp = json.dumps([[*entry, date(entry[0])] for entry in listed])
         path = os.path.join(folder, f"index-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.json")
         with rank_zero_first():
             if not os.path.exists(path):
@@ -526,13 +525,18 @@ class ImageData(Data):
         batch = self.order(turn // per_epoch, images)[turn % per_epoch]
         return [int(batch[i]) for i in indices]
 
+    def from_here(self, k):
+        """Image k, and only when that will not do, the others of its bucket after it (searching a bucket takes long)."""
+        yield k
+        members = self.buckets[self.items[k][4]]
+        first = members.index(k)
+        yield from members[first + 1 :] + members[:first]
+
     def picture(self, k, generator=None):
         """Image k, scaled to cover its bucket's size and cropped to it, at random or in the middle -> (its number, image).
         Where it turns out to be broken, the next one of its bucket takes its place."""
-        height, width = bucket = self.items[k][4]
-        members = self.buckets[bucket]
-        first = members.index(k)
-        for k in members[first:] + members[:first]:
+        height, width = self.items[k][4]
+        for k in self.from_here(k):
             try:
                 image = to_rgb(open_image(*self.items[k][:3]))
                 break
@@ -559,10 +563,7 @@ class ImageData(Data):
 
     def text_of(self, captions):
         if self.cache:
-            features = [load_file(self.cached("text", caption))["features"] for caption in captions]
-            mask = [torch.ones(len(f), dtype=torch.long) for f in features]
-            pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-            return pad(features).float(), pad(mask)
+            return pad_features([load_file(self.cached("text", caption))["features"].float() for caption in captions])
         features, mask = self.text_encoder(captions)
         return features.float().cpu(), mask.cpu()
 
