@@ -4,16 +4,21 @@
     python sample.py "a photo of a star" --size 2048                      # far above the trained size
     python sample.py "prompt" --size 3840x2160 --n 4 --seed 7 --steps 20 --guidance 4.5 --negative "..."
     python sample.py --prompts evaluation_metadata.jsonl --n 4 --out DIR  # GenEval's folder layout
+    python sample.py --benchmark                                          # all attention against the hybrid, at every size
 
-Sections: 1 loading - 2 the sampler - 3 files - 4 command line.
+Sections: 1 loading - 2 the sampler - 3 files - 4 benchmarks - 5 command line.
 """
 
 import argparse
 import functools
+import importlib.metadata
+import itertools
 import json
 import os
 import re
+import statistics
 import sys
+import time
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
@@ -22,7 +27,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from t2md import T2MD, VAE, TextEncoder, predict_noise
+from t2md import T2MD, VAE, MambaMixer, TextEncoder, predict_noise, ssd
 
 transformers_logging.disable_progress_bar()  # its bars for loading weights drown ours
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -34,12 +39,19 @@ SHIPPED = os.path.join(HERE, "assets", "student")
 
 
 def load_denoiser(path_or_repo, device="cpu", dtype=torch.float32, **overrides):
-    """A T2MD checkpoint folder, or the PixArt transformer of a diffusers folder or repository -> frozen T2MD.
+    """A T2MD checkpoint folder, or the PixArt transformer of a diffusers folder or repository -> frozen, folded T2MD.
 
     overrides replace entries of its config, e.g. pos_embed="centered".
     Raises FileNotFoundError if there is none or it is half-written, ValueError if its config does not fit.
     """
-    model = T2MD.from_pixart(path_or_repo, **overrides)
+    return freeze(T2MD.from_pixart(path_or_repo, **overrides), device, dtype)
+
+
+def freeze(model, device, dtype):
+    """A T2MD, made ready for sampling in `dtype`."""
+    for block in model.blocks:
+        if isinstance(block.mixer, MambaMixer):
+            block.mixer.fold()
     for name, p in model.named_parameters():
         if not name.endswith(("A_log", "dt_bias")):  # rounded, they would change every decay of a long sequence
             p.data = p.data.to(dtype)
@@ -58,10 +70,11 @@ def component_path(checkpoint, reference):
     return beside if os.path.isdir(beside) else reference
 
 
-def load_parts(model, folder, device="cpu"):
-    """The frozen (VAE, TextEncoder) that the config of the checkpoint in `folder` names."""
+def load_parts(model, folder, device="cpu", dtype=torch.float32):
+    """The frozen (VAE, TextEncoder) that the config of the checkpoint in `folder` names; the latter in `dtype` (SDXL's VAE
+    overflows in less than float32)."""
     vae = VAE(component_path(folder, model.config.vae), device)
-    return vae, TextEncoder(component_path(folder, model.config.text_encoder), device=device)
+    return vae, TextEncoder(component_path(folder, model.config.text_encoder), device=device, dtype=dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -99,13 +112,13 @@ def denoise(model, text, negative, latents, steps=20, guidance=4.5, pixels_per_l
         pad = max(text[0].shape[1], negative[0].shape[1])
         stretch = lambda x: torch.cat([x, x.new_zeros(x.shape[0], pad - x.shape[1], *x.shape[2:])], dim=1)
         text = [torch.cat([stretch(n), stretch(t)]) for n, t in zip(negative, text)]
-    features, mask = text[0].to(model.device, model.dtype), text[1].to(model.device)
-    conditions = size_conditions(model, h * pixels_per_latent, w * pixels_per_latent, len(features))
+    projected = model.project_text(text[0].to(model.device, model.dtype), text[1].to(model.device))
+    conditions = size_conditions(model, h * pixels_per_latent, w * pixels_per_latent, len(text[0]))
     latents = latents.to(model.device, model.dtype)
     for t in tqdm(scheduler.timesteps, desc="denoising", disable=not progress):
         # 2. predict the noise, 3. push it away from the unconditional prediction, 4. one solver step
         z_t = torch.cat([latents, latents]) if guidance > 1 else latents
-        noise = predict_noise(model, z_t, t, features, mask, **conditions)
+        noise = predict_noise(model, z_t, t, projected, None, **conditions)
         if guidance > 1:
             unconditional, conditional = noise.chunk(2)
             noise = unconditional + guidance * (conditional - unconditional)
@@ -208,7 +221,103 @@ def free_path(folder, prompt, seed):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 4. Command line
+# 4. Benchmarks: ratios of medians, measured side by side in one run
+# ----------------------------------------------------------------------------------------------------------
+
+
+def seconds(functions, repeats, device):
+    """Call each function `repeats` times, in turn -> for each (median, largest deviation from it) in seconds."""
+    times = [[] for _ in functions]
+    for _ in range(repeats):
+        for function, own in zip(functions, times):
+            began = time.perf_counter()
+            function()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            own.append(time.perf_counter() - began)
+    medians = [statistics.median(own) for own in times]
+    return [(median, max(abs(t - median) for t in own)) for median, own in zip(medians, times)]
+
+
+def extra_memory(function, device):
+    """GiB that `function` holds at once, beyond what is there when it is called."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))) / 2**30
+
+
+def print_machine(device):
+    def version(package):
+        try:
+            return f"{package} {importlib.metadata.version(package)}"
+        except importlib.metadata.PackageNotFoundError:
+            return f"no {package}"
+
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(", ".join([name, *map(version, ("torch", "transformers", "mamba-ssm", "flash-attn"))]))
+
+
+def benchmark_model(args):
+    """The denoiser with self-attention in every block against the hybrid, with the same weights elsewhere: a step with
+    guidance (both branches in one batch), and an image of --steps steps, without T5 and VAE."""
+    torch.manual_seed(0)
+    shape = dict(width=args.width, heads=args.width // 72)
+    models = [T2MD(pattern=pattern, **shape) for pattern in ("S" * len(args.pattern), args.pattern)]
+    models[1].load_state_dict(models[0].state_dict(), strict=False)
+    models = [freeze(model, args.device, getattr(torch, args.dtype)) for model in models]
+    if args.compile:
+        for model in models:
+            model.compile_repeated_blocks(fullgraph=True)
+    print_machine(args.device)
+    print(f"width {args.width}, {args.dtype}, guidance {args.guidance}; a step is the median of {args.repeats} +- the largest deviation")
+    print(f"{'pixels':>10} {'tokens':>7} {'pattern':>{max(9, len(args.pattern))}} {'s / step':>17} {'s / image':>10} {'images / s':>10} {'GiB':>6}")
+    text = (torch.randn(1, 120, 4096), torch.ones(1, 120, dtype=torch.long))
+    weights = [sum(p.nbytes for p in model.parameters()) / 2**30 for model in models]
+    for size in (args.sizes or "256,512,1024,2048,3840x2160").split(","):
+        width, height = parse_size(size, 16)
+        noise = noise_for(0, 4, height // 8, width // 8)
+        run = lambda model, steps: denoise(model, text, text, noise, steps, args.guidance)
+        extra = [extra_memory(lambda: run(model, 1), args.device) for model in models]  # and a warm-up
+        step = seconds([functools.partial(run, model, 1) for model in models], args.repeats, args.device)
+        image = step if args.steps == 1 else seconds([functools.partial(run, model, args.steps) for model in models], 1, args.device)
+        for model, own, (median, spread), (whole, _), more in zip(models, weights, step, image, extra):
+            print(f"{width:>5}x{height:<4} {width * height // 256:>7} {model.config.pattern:>{max(9, len(args.pattern))}} {median:>9.3f} +-{spread:>5.3f} "
+                  f"{whole:>10.2f} {1 / whole:>10.3f} {own + more:>6.2f}")
+        print(f"{'':>10} all attention / hybrid: {step[0][0] / step[1][0]:.2f} a step, {image[0][0] / image[1][0]:.2f} an image", flush=True)
+
+
+def benchmark_scan(args):
+    """`ssd` against the torch path of transformers' Mamba2, at the paper's shape: 36 heads of 64, state 256, one group."""
+    from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+
+    print_machine(args.device)
+    print(f"medians of {args.repeats} +- the largest deviation, float32, one image")
+    print(f"{'tokens':>7} {'scan':>12} {'chunk':>5} {'seconds':>17} {'us / token':>10} {'extra GiB':>9} {'/ ssd at 64':>12}")
+    make = functools.partial(torch.randn, device=args.device)
+    for size in (args.sizes or "512x1024,1024x2048,3840x2160").split(","):
+        width, height = parse_size(size, 16)
+        tokens = width * height // 256
+        x, B, C, D = make(1, tokens, 36, 64), make(1, tokens, 1, 256), make(1, tokens, 1, 256), make(36)
+        dt, A = 0.1 * torch.rand(1, tokens, 36, device=args.device), -16 * torch.rand(36, device=args.device)
+        scans = [("ssd", ssd, chunk) for chunk in (64, 32, 128, 256)]
+        if tokens <= 8192:  # beyond, it needs more memory than many machines have
+            scans += [("transformers", mamba2_chunk_scan, chunk) for chunk in (32, 64, 128, 256)]
+        calls = [functools.partial(scan, x, dt, A, B, C, chunk, D=D) for _, scan, chunk in scans]
+        with torch.no_grad():
+            extra = [extra_memory(call, args.device) for call in calls]
+            times = seconds(calls, args.repeats, args.device)
+        for (name, _, chunk), (median, spread), more in zip(scans, times, extra):
+            print(f"{tokens:>7} {name:>12} {chunk:>5} {median:>9.3f} +-{spread:>5.3f} {median / tokens * 1e6:>10.2f} {more:>9.2f} {median / times[0][0]:>12.2f}", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 5. Command line
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -227,8 +336,21 @@ def parse_arguments():
     parser.add_argument("--negative", default="", help="prompt of the unconditional branch")
     parser.add_argument("--out", default="samples", help="folder for the images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the denoiser")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of denoiser and text encoder")
+    parser.add_argument("--compile", action="store_true", help="torch.compile each block; pays for many images of one size")
+    benchmark = parser.add_argument_group("benchmarks")
+    benchmark.add_argument("--benchmark", nargs="?", const="model", choices=("model", "scan"), help="time all attention against the "
+                           "hybrid, random weights; or `ssd` against transformers' torch path")
+    benchmark.add_argument("--sizes", help="pixels, with commas between; a token is 16 x 16 of them (default: 256,512,1024,2048,"
+                           "3840x2160; for scan 512x1024,1024x2048,3840x2160)")
+    benchmark.add_argument("--width", type=int, default=1152, help="a multiple of 288")
+    benchmark.add_argument("--pattern", default="SHWHWHW" * 4, help="of the hybrid")
+    benchmark.add_argument("--repeats", type=int, default=5, help="of each measurement")
     args = parser.parse_args()
+    if args.width % 288 or args.width < 1 or args.repeats < 1:
+        parser.error("--width must be a multiple of 288 and --repeats at least 1")
+    if args.benchmark:
+        return args
     if (args.prompts is None) == (args.prompt is None):
         parser.error("give one prompt, or a file with --prompts")
     if args.prompt is not None and not args.prompt.strip():
@@ -241,7 +363,7 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     try:
-        run(args)
+        {"model": benchmark_model, "scan": benchmark_scan, None: run}[args.benchmark](args)
     except (OSError, ValueError) as error:
         sys.exit(f"sample.py: {error}")
     except KeyboardInterrupt:
@@ -250,8 +372,9 @@ def main():
 
 def run(args):
     records = read_prompts(args.prompts) if args.prompts else [{"prompt": args.prompt}]
-    model = load_denoiser(args.model, dtype=getattr(torch, args.dtype))
-    vae, text_encoder = load_parts(model, args.model, args.device)
+    dtype = getattr(torch, args.dtype)
+    model = load_denoiser(args.model, dtype=dtype)
+    vae, text_encoder = load_parts(model, args.model, args.device, dtype)
     multiple = vae.factor * model.config.patch_size
     size = parse_size(args.size or str(model.config.sample_size * vae.factor), multiple)
     how = dict(steps=args.steps, guidance=args.guidance, negative=args.negative)
@@ -272,6 +395,8 @@ def run(args):
     # the text encoder, by far the largest part at full size, is done and gone before the denoiser enters the card
     text_encoder = encode_first(text_encoder, [args.negative, *(prompt for prompt, _, _ in wanted)])
     torch.nn.Module.to(model, args.device)
+    if args.compile:
+        model.compile_repeated_blocks(fullgraph=True)
     tokens = size[0] * size[1] // multiple**2
     at_once = max(1, 4096 // tokens)
     for start in range(0, len(wanted), at_once):

@@ -28,6 +28,7 @@ import math
 import os
 import sys
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -236,7 +237,7 @@ def ssd(x, dt, A, B, C, chunk_size, D=None):
     dt = dt.to(precise)
     u = x * dt[..., None].to(x.dtype)
     y = ChunkScan.apply(u.unflatten(2, (g, -1)), (dt * A.to(precise)).unflatten(2, (g, -1)), B, C, chunk_size).flatten(2, 3)
-    return y if D is None else y + D.to(x.dtype)[:, None] * x
+    return y if D is None else torch.addcmul(y, D.to(x.dtype)[:, None], x)
 
 
 class ChunkScan(torch.autograd.Function):
@@ -256,21 +257,21 @@ class ChunkScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, u, decay, B, C, chunk_size):
-        outputs, states, state = [], [], None
-        for uc, ac, Bc, Cc in zip(*(v.split(chunk_size, dim=1) for v in (u, decay, B, C))):
+        y, states, state = torch.empty_like(u), [], None
+        for k, (yc, uc, ac, Bc, Cc) in enumerate(zip(*(v.split(chunk_size, dim=1) for v in (y, u, decay, B, C))), start=1):
             s = ac.cumsum(1)
             G, L = ChunkScan.chunk_matrices(s, Bc, Cc)
-            y = torch.einsum("bgrij,bjgrp->bigrp", L.mul_(G).to(u.dtype), uc)
+            yc.copy_(torch.einsum("bgrij,bjgrp->bigrp", L.mul_(G).to(u.dtype), uc))
             if state is not None:
-                y = y + s.exp()[..., None].to(u.dtype) * torch.einsum("bign,bgnrp->bigrp", Cc, state.to(u.dtype))
-            outputs.append(y)
-            states.append(state)
-            if len(outputs) * chunk_size < u.shape[1]:  # nobody reads the last chunk's state
+                yc.addcmul_(s.exp()[..., None].to(u.dtype), torch.einsum("bign,bgnrp->bigrp", Cc, state.to(u.dtype)))
+            if any(ctx.needs_input_grad):
+                states.append(state)
+            if k * chunk_size < u.shape[1]:  # nobody reads the last chunk's state
                 written = (s[:, -1:] - s).exp()[..., None].to(u.dtype) * uc
                 added = torch.einsum("bjgn,bjgrp->bgnrp", Bc, written).to(s.dtype)
-                state = added if state is None else added + s[:, -1].exp()[:, :, None, :, None] * state
-        y = torch.cat(outputs, dim=1)
-        ctx.save_for_backward(u, decay, B, C, y, *states)
+                state = added if state is None else added.addcmul_(s[:, -1].exp()[:, :, None, :, None], state)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(u, decay, B, C, y, *states)
         ctx.chunk_size = chunk_size
         return y
 
@@ -308,26 +309,39 @@ class ChunkScan(torch.autograd.Function):
         return du, ddecay, dB, dC, None
 
 
-@lru_cache(maxsize=None)
-def fast_kernels(device_type):
-    """(mamba-ssm's chunk scan or None, flash-attn's attention or None) for a device; both are optional.
+# Optional kernels: mamba-ssm (https://github.com/state-spaces/mamba) and flash-attn. Both are written for CUDA;
+# mamba-ssm's are pure Triton and run, slowly, on a CPU in Triton's interpreter.
+KERNEL_DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+mamba_scan = flash_attention = None
+if torch.cuda.is_available() or "cpu" in KERNEL_DEVICES:
+    try:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as mamba_scan
+    except ImportError:
+        pass
+    try:
+        from flash_attn import flash_attn_func as flash_attention
+    except ImportError:
+        pass
 
-    mamba-ssm (https://github.com/state-spaces/mamba) and flash-attn have CUDA kernels only. Says once, on
-    stderr, which path is taken.
-    """
-    scan = attention = None
-    if device_type == "cuda":
-        try:
-            from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as scan
-        except ImportError:
-            pass
-        try:
-            from flash_attn import flash_attn_func as attention
-        except ImportError:
-            pass
-    print(f"t2md on {device_type}: scan by {'mamba-ssm' if scan else 'plain PyTorch'}, "
-          f"attention by {'flash-attn' if attention else 'PyTorch SDPA'}", file=sys.stderr)
-    return scan, attention
+
+@torch.library.custom_op("t2md::mamba_scan", mutates_args=())
+def compiled_mamba_scan(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, chunk_size: int,
+                        D: torch.Tensor) -> torch.Tensor:
+    """mamba-ssm's scan as one opaque operator, so that torch.compile does not break a block's graph at it. No gradient."""
+    return mamba_scan(x, dt, A, B, C, chunk_size, D=D)
+
+
+@compiled_mamba_scan.register_fake
+def _(x, *_):
+    return x.new_empty(x.shape)
+
+
+@lru_cache(maxsize=None)
+def say_kernels(device_type):
+    """Say once, on stderr, which path a device takes."""
+    fast = device_type in KERNEL_DEVICES
+    print(f"t2md on {device_type}: scan by {'mamba-ssm' if fast and mamba_scan else 'plain PyTorch'}, "
+          f"attention by {'flash-attn' if fast and flash_attention else 'PyTorch SDPA'}", file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -398,9 +412,9 @@ class Mamba2(nn.Module):
         A = -self.A_log.to(precise).exp()
         x = x.reshape(b, l, self.n_heads, self.head_dim)
         B, C = (m.reshape(b, l, self.n_groups, self.d_state) for m in (B, C))
-        kernel, _ = fast_kernels(x.device.type)
-        if kernel is not None and x.dtype != torch.float64:
-            y = kernel(x, dt, A, B, C, self.chunk_size, D=self.D)
+        if mamba_scan is not None and x.device.type in KERNEL_DEVICES and x.dtype != torch.float64:
+            scan = compiled_mamba_scan if torch.compiler.is_compiling() else mamba_scan
+            y = scan(x, dt, A, B, C, self.chunk_size, D=self.D)
         else:  # a CPU's caches hold a chunk of 64; the result does not depend on it
             y = ssd(x, dt, A, B, C, self.chunk_size if x.is_cuda else min(self.chunk_size, 64), D=self.D)
         return y.reshape(b, l, -1)
@@ -442,19 +456,26 @@ class MambaMixer(nn.Module):
         y = self.fuse(m.out_proj(y))
         return y.unflatten(1, (W, H)).transpose(1, 2).flatten(1, 2) if self.columns else y
 
+    @torch.no_grad()
+    def fold(self):
+        """For sampling: `fuse` after `out_proj` is one linear map; make it one. What is folded is not saved any more."""
+        if self.both:
+            out = self.mamba.out_proj
+            out.weight, out.bias = nn.Parameter(self.fuse.weight @ out.weight), self.fuse.bias
+            self.fuse = nn.Identity()
+
 
 def attention(q, k, v, heads, mask=None):
     """Multi-head softmax attention: q (B, L, d), k and v (B, T, d), mask broadcastable to (B, heads, L, T)."""
     q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q, k, v))  # (B, L, heads, d/heads)
-    _, flash = fast_kernels(q.device.type)
-    if flash is not None and mask is None and q.dtype in (torch.float16, torch.bfloat16):
-        return flash(q, k, v).flatten(2)
+    if flash_attention is not None and q.is_cuda and mask is None and q.dtype in (torch.float16, torch.bfloat16):
+        return flash_attention(q, k, v).flatten(2)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):
-    """Self-attention (mixer `S`) or, given text, cross-attention; diffusers' `Attention` with its names."""
+    """Self-attention (mixer `S`) or, given the keys and values of a text, cross-attention; diffusers' names."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -462,9 +483,11 @@ class Attention(nn.Module):
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
-    def forward(self, x, grid=None, text=None, mask=None):
-        source = x if text is None else text
-        return self.to_out[0](attention(self.to_q(x), self.to_k(source), self.to_v(source), self.heads, mask))
+    def keys_values(self, source):
+        return self.to_k(source), self.to_v(source)
+
+    def forward(self, x, grid=None, keys_values=None, mask=None):
+        return self.to_out[0](attention(self.to_q(x), *(keys_values or self.keys_values(x)), self.heads, mask))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -499,6 +522,13 @@ def modulate(h, shift, scale):
     return F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
+class ProjectedText(NamedTuple):
+    """A caption as the blocks read it: for each, the keys and values (B, T, d) of its cross-attention; and their mask."""
+
+    keys_values: list
+    mask: torch.Tensor | None
+
+
 class Block(nn.Module):
     """One PixArt block around any token mixer (Fig. 2):
 
@@ -515,12 +545,12 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
 
     def forward(self, h, time, text, mask, grid):
-        """h (B, L, d), time (B, 6, d), text (B, T, d) -> new h, and the mixer's input and output, all (B, L, d)."""
+        """h (B, L, d), time (B, 6, d), text: keys and values (B, T, d) -> new h, and the mixer's input and output, all (B, L, d)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + time).chunk(6, dim=1)  # (B, 1, d)
         mixer_input = modulate(h, shift1, scale1)
         mixer_output = self.mixer(mixer_input, grid)
         h = h + gate1 * mixer_output
-        h = h + self.cross_attention(h, text=text, mask=mask)
+        h = h + self.cross_attention(h, keys_values=text, mask=mask)
         h = h + gate2 * self.mlp(modulate(h, shift2, scale2))
         return h, mixer_input, mixer_output
 
@@ -548,7 +578,7 @@ class T2MD(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]
+    _no_split_modules = _repeated_blocks = ["Block"]  # the latter is what diffusers' compile_repeated_blocks compiles
 
     @register_to_config
     def __init__(self, pattern="SHWHWHW" * 4, width=1152, heads=16, mlp_ratio=4, patch_size=2, in_channels=4,
@@ -602,14 +632,15 @@ class T2MD(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.proj_out.weight)
 
     def project_text(self, encoder_hidden_states, mask=None):
-        """Caption features (B, T, caption_width) and mask -> text (B, T, width) and an attention mask or None.
+        """Caption features (B, T, caption_width) and mask -> ProjectedText, which `forward` takes in place of both: it
+        depends on the captions only, so a sampler computes it once for all its steps.
 
         mask: (B, T), 1 = token, 0 = padding; or diffusers' bias (B, 1, T), 0 = keep, -10000 = discard.
         """
         text = self.caption_projection(encoder_hidden_states)
         if mask is not None:
             mask = mask[:, None, None].bool() if mask.ndim == 2 else mask[:, None].to(text.dtype)
-        return text, mask
+        return ProjectedText([block.cross_attention.keys_values(text) for block in self.blocks], mask)
 
     def embed_time(self, timestep, batch, added_cond_kwargs=None):
         """Timesteps (B,) or scalar, and size conditions -> embedding (B, width) and adaLN input (B, 6, width)."""
@@ -630,7 +661,8 @@ class T2MD(ModelMixin, ConfigMixin):
 
         Args:
             hidden_states: noisy latents (B, in_channels, h, w), h and w multiples of patch_size.
-            encoder_hidden_states: caption features (B, T, caption_width); encoder_attention_mask (B, T).
+            encoder_hidden_states: caption features (B, T, caption_width), with encoder_attention_mask (B, T); or what
+                `project_text` made of them.
             timestep: (B,) or a scalar, in [0, 1000).
             added_cond_kwargs: {"resolution": (B, 2) pixels, "aspect_ratio": (B, 1)} for PixArt-1024 weights.
             visit: what distillation needs: called as visit(n, mixer_input, mixer_output), each (B, L, width),
@@ -638,6 +670,7 @@ class T2MD(ModelMixin, ConfigMixin):
         Returns Transformer2DModelOutput with `sample` (B, out_channels, h, w), or a 1-tuple.
         Raises ValueError if patch_size does not divide h and w, or size conditions are missing.
         """
+        say_kernels(hidden_states.device.type)
         config, p = self.config, self.config.patch_size
         batch, _, height, width = hidden_states.shape
         if height % p or width % p:
@@ -647,13 +680,15 @@ class T2MD(ModelMixin, ConfigMixin):
         h = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)  # (B, L, d)
         h = h + position_embedding(config.pos_embed, H, W, config.width, self.base, self.interpolation_scale, h.device, h.dtype)
         embedded, time = self.embed_time(timestep, batch, added_cond_kwargs)
-        text, mask = self.project_text(encoder_hidden_states, encoder_attention_mask)
+        if not isinstance(encoder_hidden_states, ProjectedText):
+            encoder_hidden_states = self.project_text(encoder_hidden_states, encoder_attention_mask)
+        keys_values, mask = encoder_hidden_states
 
         for n, block in enumerate(self.blocks):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                h, mixer_input, mixer_output = self._gradient_checkpointing_func(block, h, time, text, mask, grid)
+                h, mixer_input, mixer_output = self._gradient_checkpointing_func(block, h, time, keys_values[n], mask, grid)
             else:
-                h, mixer_input, mixer_output = block(h, time, text, mask, grid)
+                h, mixer_input, mixer_output = block(h, time, keys_values[n], mask, grid)
             if visit is not None:
                 visit(n, mixer_input, mixer_output)
 

@@ -59,7 +59,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from sample import component_path, generate, load_denoiser, load_parts, pad_features, read_prompts, size_conditions
+from sample import component_path, encode_first, generate, load_denoiser, load_parts, pad_features, read_prompts, seconds, size_conditions
 from t2md import T2MD, VAE, MambaMixer, TextEncoder, forcing_loss, kd_loss, mse_loss, predict_noise
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -494,8 +494,10 @@ class ImageData(Data):
             raise ValueError(f"--data {source} has no usable image; looked for images with captions, skipped: {why}")
         self.prompts = [item[3] for item in self.items]
         self.order = functools.lru_cache(maxsize=2)(self.order)
+        self.decoders, self.decoding = concurrent.futures.ThreadPoolExecutor(), {}
         if cache:
             self.fill_cache()
+            self.vae = self.text_encoder = None  # nothing asks them any more: they may leave the device
 
     @staticmethod
     def look(file, *entry):
@@ -557,8 +559,11 @@ class ImageData(Data):
         numbers = self.choose(turn, indices, images)
         if self.cache:
             return numbers, torch.stack([load_file(self.cached(f"{self.pixels}px", self.items[k][:3]))["moments"] for k in numbers])
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            numbers, pictures = zip(*pool.map(self.picture, numbers, generators))
+        following = self.choose(turn + 1, indices, images)  # decoded while the network works on this turn
+        for key, k in zip(itertools.product((turn, turn + 1), indices), numbers + following):
+            if key not in self.decoding:
+                self.decoding[key] = self.decoders.submit(self.picture, k, draw(self.seed, "crop", *key))
+        numbers, pictures = zip(*(self.decoding.pop((turn, i)).result() for i in indices))
         return numbers, self.encode(pictures)
 
     def text_of(self, captions):
@@ -575,19 +580,22 @@ class ImageData(Data):
         """Compute what the cache lacks, this process's share of it: text features trimmed to their tokens, and the
         moments of the middle crop. What is there stays, so a run that was cut off goes on. Images that turn out to be
         broken leave the data set."""
-        captions = [caption for caption in sorted({"", *self.prompts}) if not os.path.exists(self.cached("text", caption))]
-        for caption in tqdm(captions[RANK::WORLD], desc="encoding captions", disable=RANK > 0):
-            features, _ = self.text_encoder([caption])
-            self.store("text", caption, features=features[0])
+        # first this process's share, then what of it is missing: the others are writing already
+        captions = [caption for caption in sorted({"", *self.prompts})[RANK::WORLD] if not os.path.exists(self.cached("text", caption))]
+        for start in tqdm(range(0, len(captions), 16), desc="encoding captions, 16 at a time", disable=RANK > 0):
+            chunk = captions[start : start + 16]
+            for caption, features, mask in zip(chunk, *self.text_encoder(chunk)):
+                self.store("text", caption, features=features[mask.bool()])
+        there = lambda k: os.path.exists(self.cached(f"{self.pixels}px", self.items[k][:3]))
         for bucket, members in self.buckets.items():
-            for k in tqdm(members[RANK::WORLD], desc=f"encoding images of {bucket[1]} x {bucket[0]}", disable=RANK > 0):
-                if not os.path.exists(self.cached(f"{self.pixels}px", self.items[k][:3])):
-                    number, picture = self.picture(k)
+            missing = [k for k in members[RANK::WORLD] if not there(k)]
+            for start in tqdm(range(0, len(missing), 16), desc=f"encoding images of {bucket[1]} x {bucket[0]}, 16 at a time", disable=RANK > 0):
+                chunk = missing[start : start + 16]
+                for k, (number, picture) in zip(chunk, self.decoders.map(self.picture, chunk)):
                     if number == k:
                         self.store(f"{self.pixels}px", self.items[k][:3], moments=self.encode([picture])[0])
         if WORLD > 1:
             dist.barrier()
-        there = lambda k: os.path.exists(self.cached(f"{self.pixels}px", self.items[k][:3]))
         self.buckets = {bucket: kept for bucket, members in self.buckets.items() if (kept := list(filter(there, members)))}
 
     def store(self, kind, what, **tensors):
@@ -1098,14 +1106,14 @@ def run_stage(stage, args):
     teacher = load_denoiser(teacher_folder(args), args.device) if stage in ("forcing", "kd") else None
     schedule = DDPMScheduler(1000, beta_start=1e-4, beta_end=2e-2, beta_schedule=model.config.beta_schedule)
     sizes, shares, base = list(plan["sizes"]), list(plan["sizes"].values()), config["base_pixels"]
-    where = (vae, text_encoder, args.seed, os.path.join(args.out, "cache"))
+    kept = os.path.join(args.out, "cache")
     if args.data == "shapes":
         count = min(plan["pictures"], plan["steps"] * plan["batch_size"])
-        data = {m: ShapesData(m * base, count, *where) for m in sizes}
+        data = {m: ShapesData(m * base, count, vae, text_encoder, args.seed, kept) for m in sizes}
     else:
         if args.cache:
             claim_cache(args.cache, vae, text_encoder, [m * base for m in sizes])
-        data = {m: ImageData(args.data, m * base, *where, args.cache) for m in sizes}
+        data = {m: ImageData(args.data, m * base, vae, text_encoder, args.seed, kept, args.cache) for m in sizes}
     multiple = [sizes[int(torch.multinomial(torch.tensor(shares), 1, generator=draw(args.seed, stage, step, -1)))]
                 for step in range(plan["steps"])]
     images = lambda step: max(1, plan["batch_size"] // multiple[step] ** 2)
@@ -1117,6 +1125,8 @@ def run_stage(stage, args):
         return stage_terms(stage, model, teacher, schedule, {k: v.to(args.device) for k, v in batch.items()}, backward, **conditions)
 
     examples = heldout_records(args.examples, args.seed)
+    if args.cache:  # the text encoder, by far the largest part at full size, leaves the device
+        text_encoder = encode_first(text_encoder, ["", *(record["prompt"] for record in examples)])
 
     @functools.lru_cache(maxsize=None)
     def upper_row():
@@ -1183,6 +1193,43 @@ def contact_sheet(pictures, captions, columns=6, side=192):
         text = "\n".join(textwrap.wrap(caption, side // 6)[:3])
         ImageDraw.Draw(sheet).text((x + 2, y + side), text, fill="black")
     return sheet
+
+
+def run_benchmark(args):
+    """Where the time of a forcing or kd step goes: its parts alone, then the step, medians of 5 in turn; no optimiser."""
+    if args.stage not in ("forcing", "kd"):
+        raise ValueError(f"--benchmark times the stages forcing and kd, not {args.stage}")
+    config, plan, folder = CONFIGS[args.config], plan_for(args.stage, args), teacher_folder(args)
+    teacher, student = load_denoiser(folder, args.device), T2MD.from_pixart(folder, pattern=args.pattern).to(args.device).requires_grad_(False)
+    for module in trainable(args.stage, student):
+        module.requires_grad_(True)
+    side, batch = args.size or config["base_pixels"], plan["batch_size"]
+    normal = functools.partial(torch.randn, device=args.device)
+    z_t, t = normal(batch, student.config.in_channels, side // 8, side // 8), torch.full((batch,), 500, device=args.device)
+    text, mask = normal(batch, 20, student.config.caption_width), torch.ones(batch, 20, dtype=torch.long, device=args.device)
+    given, grid, inputs = (z_t, t, text, mask), [side // 8 // student.config.patch_size] * 2, []
+    conditions = size_conditions(student, side, side, batch)
+    with torch.no_grad():
+        predict_noise(teacher, *given, lambda n, x, y: inputs.append((student.blocks[n].mixer, x)), **conditions)
+
+    def teacher_forward():
+        with torch.no_grad():
+            predict_noise(teacher, *given, **conditions)
+
+    parts = {"teacher, forward": teacher_forward}
+    if args.stage == "forcing":
+        parts["Mamba mixers, forward and backward"] = lambda: [mixer(x, grid).sum().backward() for mixer, x in inputs if isinstance(mixer, MambaMixer)]
+        parts["forcing step"] = lambda: forcing_loss(student, teacher, *given, torch.Tensor.backward, **conditions)
+    else:
+        parts["student, forward and backward"] = lambda: predict_noise(student, *given, **conditions).sum().backward()
+        parts["kd step"] = lambda: kd_loss(student, teacher, *given, torch.zeros_like(z_t), **conditions)[0].backward()
+    print(f"{student.config.pattern}, {batch} images of {side} px, {args.dtype}")
+    with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        seconds(parts.values(), 1, args.device)  # warm-up
+        times = seconds(parts.values(), 5, args.device)
+    for name, (median, spread) in zip(parts, times):
+        print(f"{name:36}{median:9.3f} +- {spread:.3f} s")
+    print(f"step / sum of its parts: {times[-1][0] / sum(median for median, _ in times[:-1]):.2f}")
 
 
 def run_data(args):
@@ -1281,6 +1328,7 @@ def parse_arguments(argv=None):
                        "share follows, gradients add up (default: all at once)")
     stage.add_argument("--lr", type=float, help="peak learning rate")
     stage.add_argument("--save-every", type=int, help="steps between checkpoints")
+    stage.add_argument("--benchmark", action="store_true", help="train nothing: print where the time of a forcing or kd step goes")
     stage.add_argument("--examples", type=int, default=12, help="pictures drawn beside the teacher's at every checkpoint (default 12; 0: none)")
     model = parser.add_argument_group("models")
     model.add_argument("--teacher", help="the teacher's folder (default: the one trained in OUT, else the shipped one); "
@@ -1317,8 +1365,8 @@ def main():
         if RANK:
             sys.stdout = open(os.devnull, "w")
     try:
-        if args.stage in ("eval", "data"):
-            run_eval(args) if args.stage == "eval" else run_data(args)
+        if args.benchmark or args.stage in ("eval", "data"):
+            (run_benchmark if args.benchmark else run_eval if args.stage == "eval" else run_data)(args)
         else:
             for stage in [s for s in CHAIN if s in CONFIGS[args.config]["stages"]] if args.stage == "all" else [args.stage]:
                 run_stage(stage, args)
