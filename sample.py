@@ -21,6 +21,7 @@ import sys
 import time
 
 import torch
+import torch.nn.functional as F
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -96,33 +97,61 @@ def size_conditions(model, height, width, batch):
                 aspect_ratio=torch.tensor([[height / width]] * batch, **like))
 
 
+def matched_timestep(alphas_cumprod, t, m):
+    """The timestep up to t whose signal-to-noise ratio is nearest m^2 times that of t: pooling m x m pixels averages their
+    noise, so a pooled z_t is as noisy as an image of that timestep."""
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    return (snr[: t + 1] - m**2 * snr[t]).abs().argmin()
+
+
+def upsample_guidance(predict, z_t, t, noise, alphas_cumprod, m, theta=1.0):
+    """Training-free sampling at m times the size a model knows (upsample guidance, as DiM uses it): the means of m x m
+    pixels of its prediction are replaced by what it predicts for the pooled z_t, at the size it was trained at.
+
+    predict: predict(z, t) -> guided noise.  noise: predict(z_t, t), (B, C, h, w); h and w multiples of m.
+    theta: 0 leaves the prediction alone. Only timesteps in the first 30% of sampling are guided.
+    """
+    if t < 0.7 * len(alphas_cumprod):
+        return noise
+    power = alphas_cumprod[t] + (1 - alphas_cumprod[t]) / m**2  # of a pooled z_t, per element
+    small = predict(F.avg_pool2d(z_t, m) / power.sqrt(), matched_timestep(alphas_cumprod, t, m))
+    return noise + theta * F.interpolate(small / m - F.avg_pool2d(noise, m), scale_factor=m, mode="nearest")
+
+
 @torch.no_grad()
-def denoise(model, text, negative, latents, steps=20, guidance=4.5, pixels_per_latent=8, progress=False):
+def denoise(model, text, negative, latents, steps=20, guidance=4.5, pixels_per_latent=8, progress=False, upscale=1):
     """Noise -> latents, by DPM-Solver++ with classifier-free guidance; equals diffusers' PixArtAlphaPipeline.
 
     Args:
         text, negative: (features, mask) of the captions and of the unconditional branch, B rows each.
         latents: standard normal noise (B, C, h, w).  guidance: 1 or less runs the conditional branch alone.
+        upscale: see `upsample_guidance`.
     """
     scheduler = make_scheduler(model.config.beta_schedule)
     scheduler.set_timesteps(steps)
-    batch, _, h, w = latents.shape
     if guidance > 1:
         # 1. one batch for both branches, padded to the same number of tokens
         pad = max(text[0].shape[1], negative[0].shape[1])
         stretch = lambda x: torch.cat([x, x.new_zeros(x.shape[0], pad - x.shape[1], *x.shape[2:])], dim=1)
         text = [torch.cat([stretch(n), stretch(t)]) for n, t in zip(negative, text)]
     projected = model.project_text(text[0].to(model.device, model.dtype), text[1].to(model.device))
-    conditions = size_conditions(model, h * pixels_per_latent, w * pixels_per_latent, len(text[0]))
     latents = latents.to(model.device, model.dtype)
-    for t in tqdm(scheduler.timesteps, desc="denoising", disable=not progress):
-        # 2. predict the noise, 3. push it away from the unconditional prediction, 4. one solver step
-        z_t = torch.cat([latents, latents]) if guidance > 1 else latents
-        noise = predict_noise(model, z_t, t, projected, None, **conditions)
+
+    def predict(z_t, t):
+        # 2. predict the noise, 3. push it away from the unconditional prediction
+        size = (side * pixels_per_latent for side in z_t.shape[-2:])
+        z_t = torch.cat([z_t, z_t]) if guidance > 1 else z_t
+        noise = predict_noise(model, z_t, t, projected, None, **size_conditions(model, *size, len(z_t)))
         if guidance > 1:
             unconditional, conditional = noise.chunk(2)
             noise = unconditional + guidance * (conditional - unconditional)
-        latents = scheduler.step(noise, t, latents, return_dict=False)[0]
+        return noise
+
+    for t in tqdm(scheduler.timesteps, desc="denoising", disable=not progress):
+        noise = predict(latents, t)
+        if upscale > 1:
+            noise = upsample_guidance(predict, latents, t, noise, scheduler.alphas_cumprod, upscale)
+        latents = scheduler.step(noise, t, latents, return_dict=False)[0]  # 4. one solver step
     return latents
 
 
@@ -136,12 +165,12 @@ def to_images(pixels):
     return [Image.fromarray(p) for p in ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def generate(model, vae, text_encoder, prompts, size, seeds, steps=20, guidance=4.5, negative="", progress=False):
+def generate(model, vae, text_encoder, prompts, size, seeds, steps=20, guidance=4.5, negative="", progress=False, upscale=1):
     """Prompts and seeds (one each per image) -> PIL images of size (width, height) in pixels."""
     w, h = size[0] // vae.factor, size[1] // vae.factor
     latents = torch.cat([noise_for(seed, vae.channels, h, w) for seed in seeds])
     text, unconditional = text_encoder(prompts), text_encoder([negative] * len(prompts))
-    return to_images(vae.decode(denoise(model, text, unconditional, latents, steps, guidance, vae.factor, progress)))
+    return to_images(vae.decode(denoise(model, text, unconditional, latents, steps, guidance, vae.factor, progress, upscale)))
 
 
 def pad_features(features):
@@ -333,6 +362,8 @@ def parse_arguments():
     parser.add_argument("--seed", type=int, default=0, help="of the first image's noise")
     parser.add_argument("--steps", type=int, default=20, help="of DPM-Solver++")
     parser.add_argument("--guidance", type=float, default=4.5, help="classifier-free guidance; 1 switches it off")
+    parser.add_argument("--upscale", type=int, default=1, metavar="M", help="for sizes M times larger than the model knows: "
+                        "upsample guidance, no training")
     parser.add_argument("--negative", default="", help="prompt of the unconditional branch")
     parser.add_argument("--out", default="samples", help="folder for the images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -355,8 +386,8 @@ def parse_arguments():
         parser.error("give one prompt, or a file with --prompts")
     if args.prompt is not None and not args.prompt.strip():
         parser.error("the prompt is empty")
-    if args.n < 1 or args.steps < 1:
-        parser.error("--n and --steps must be at least 1")
+    if min(args.n, args.steps, args.upscale) < 1:
+        parser.error("--n, --steps and --upscale must be at least 1")
     return args
 
 
@@ -375,9 +406,9 @@ def run(args):
     dtype = getattr(torch, args.dtype)
     model = load_denoiser(args.model, dtype=dtype)
     vae, text_encoder = load_parts(model, args.model, args.device, dtype)
-    multiple = vae.factor * model.config.patch_size
-    size = parse_size(args.size or str(model.config.sample_size * vae.factor), multiple)
-    how = dict(steps=args.steps, guidance=args.guidance, negative=args.negative)
+    patch = vae.factor * model.config.patch_size
+    size = parse_size(args.size or str(model.config.sample_size * vae.factor * args.upscale), patch * args.upscale)
+    how = dict(steps=args.steps, guidance=args.guidance, negative=args.negative, upscale=args.upscale)
 
     wanted = []  # (prompt, seed, path)
     for i, record in enumerate(records):
@@ -397,7 +428,7 @@ def run(args):
     torch.nn.Module.to(model, args.device)
     if args.compile:
         model.compile_repeated_blocks(fullgraph=True)
-    tokens = size[0] * size[1] // multiple**2
+    tokens = size[0] * size[1] // patch**2
     at_once = max(1, 4096 // tokens)
     for start in range(0, len(wanted), at_once):
         prompts, seeds, paths = zip(*wanted[start : start + at_once])

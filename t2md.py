@@ -457,6 +457,22 @@ class MambaMixer(nn.Module):
         return y.unflatten(1, (W, H)).transpose(1, 2).flatten(1, 2) if self.columns else y
 
     @torch.no_grad()
+    def copy_attention(self, attention):
+        """Mamba-in-the-Llama's initialisation from a self-attention layer: C <- W_q, B <- W_k, x <- W_v, out_proj <- W_o.
+
+        Takes a mixer of the attention's geometry (expand 1, groups = heads, state = head width); the rest keeps its own
+        initialisation, but `fuse` starts as the mean of both directions plus W_o's bias. Those of W_q, W_k and W_v are
+        dropped: in_proj has none.
+        """
+        m, a = self.mamba, attention
+        z, _, dt = m.in_proj.weight.split(m.split_sizes)
+        m.in_proj.weight.copy_(torch.cat([z, a.to_v.weight, a.to_k.weight, a.to_q.weight, dt]))
+        m.out_proj.weight.copy_(a.to_out[0].weight)
+        if self.both:
+            nn.init.eye_(self.fuse.weight).mul_(0.5)
+            self.fuse.bias.copy_(a.to_out[0].bias)
+
+    @torch.no_grad()
     def fold(self):
         """For sampling: `fuse` after `out_proj` is one linear map; make it one. What is folded is not saved any more."""
         if self.both:
@@ -522,6 +538,40 @@ def modulate(h, shift, scale):
     return F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
+class PaddingTokens(nn.Module):
+    """DiM's padding: 3 learned tokens end each row and each column, so that a convolution of 4 does not reach from one
+    line into the next. The grid (H, W) becomes (H + 3, W + 3): rows end in p0, p1, p2; row H + k is p_k up to there."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.tokens = nn.Parameter(0.02 * torch.randn(3, width))
+
+    def add(self, h, grid):
+        """(B, H * W, d) -> (B, (H+3) * (W+3), d) and the new grid."""
+        (H, W), (B, _, d) = grid, h.shape
+        below = self.tokens[:, None].expand(B, 3, W, d)
+        beside = self.tokens.expand(B, H + 3, 3, d)
+        return torch.cat([torch.cat([h.unflatten(1, grid), below], dim=1), beside], dim=2).flatten(1, 2), (H + 3, W + 3)
+
+    @staticmethod
+    def remove(h, grid):
+        """(B, (H+3) * (W+3), d) and the padded grid -> (B, H * W, d)."""
+        return h.unflatten(1, grid)[:, :-3, :-3].flatten(1, 2)
+
+
+class LocalEnhancement(nn.Module):
+    """DiM's depthwise 3x3 convolution over the grid of tokens, (B, H * W, d) -> the same; starts as the identity."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        nn.init.dirac_(self.conv.weight, groups=width)
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, h, grid):
+        return self.conv(h.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+
+
 class ProjectedText(NamedTuple):
     """A caption as the blocks read it: for each, the keys and values (B, T, d) of its cross-attention; and their mask."""
 
@@ -573,6 +623,7 @@ class T2MD(ModelMixin, ConfigMixin):
         interpolation_scale: of the index grid; diffusers' default, max(sample_size // 64, 1), if None.
         use_additional_conditions: PixArt 1024's size and aspect embeddings; True at sample_size 128 if None.
         beta_schedule: "linear" (teacher) or "scaled_linear" (quadratic, after adaptation), for the sampler.
+        padding_tokens, local_enhancement: DiM's, off in T2MD; see `PaddingTokens` and `LocalEnhancement`.
         vae, text_encoder: what it was trained with: folder (relative to the checkpoint's own) or repository.
     Raises ValueError for an unknown letter, embedding or schedule, or for widths that do not divide.
     """
@@ -584,7 +635,8 @@ class T2MD(ModelMixin, ConfigMixin):
     def __init__(self, pattern="SHWHWHW" * 4, width=1152, heads=16, mlp_ratio=4, patch_size=2, in_channels=4,
                  out_channels=4, caption_width=4096, d_state=256, expand=2, head_dim=64, d_conv=4, n_groups=1,
                  chunk_size=256, pos_embed="centered", sample_size=64, interpolation_scale=None,
-                 use_additional_conditions=None, beta_schedule="linear", vae=None, text_encoder=None):
+                 use_additional_conditions=None, beta_schedule="linear", padding_tokens=False, local_enhancement=False,
+                 vae=None, text_encoder=None):
         super().__init__()
         if not pattern or set(pattern) - set("SHW><v^"):
             raise ValueError(f"pattern {pattern!r} must be made of the letters S H W > < v ^, one for each block")
@@ -604,6 +656,10 @@ class T2MD(ModelMixin, ConfigMixin):
         if self.conditioned_on_size:
             self.resolution_embedder = TimestepEmbedder(width // 3)
             self.aspect_ratio_embedder = TimestepEmbedder(width // 3)
+        if padding_tokens:
+            self.padding = PaddingTokens(width)
+        if local_enhancement:
+            self.enhance_first, self.enhance_last = LocalEnhancement(width), LocalEnhancement(width)
         self.adaln_single = nn.Linear(width, 6 * width)
         self.blocks = nn.ModuleList(Block(letter, width, heads, mlp_ratio, mamba) for letter in pattern)
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
@@ -666,7 +722,7 @@ class T2MD(ModelMixin, ConfigMixin):
             timestep: (B,) or a scalar, in [0, 1000).
             added_cond_kwargs: {"resolution": (B, 2) pixels, "aspect_ratio": (B, 1)} for PixArt-1024 weights.
             visit: what distillation needs: called as visit(n, mixer_input, mixer_output), each (B, L, width),
-                when block n has run.
+                when block n has run; without padding tokens.
         Returns Transformer2DModelOutput with `sample` (B, out_channels, h, w), or a 1-tuple.
         Raises ValueError if patch_size does not divide h and w, or size conditions are missing.
         """
@@ -683,6 +739,10 @@ class T2MD(ModelMixin, ConfigMixin):
         if not isinstance(encoder_hidden_states, ProjectedText):
             encoder_hidden_states = self.project_text(encoder_hidden_states, encoder_attention_mask)
         keys_values, mask = encoder_hidden_states
+        if config.local_enhancement:
+            h = self.enhance_first(h, grid)
+        if config.padding_tokens:
+            h, grid = self.padding.add(h, grid)
 
         for n, block in enumerate(self.blocks):
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -690,8 +750,12 @@ class T2MD(ModelMixin, ConfigMixin):
             else:
                 h, mixer_input, mixer_output = block(h, time, keys_values[n], mask, grid)
             if visit is not None:
-                visit(n, mixer_input, mixer_output)
+                visit(n, *(self.padding.remove(x, grid) if config.padding_tokens else x for x in (mixer_input, mixer_output)))
 
+        if config.padding_tokens:
+            h = self.padding.remove(h, grid)
+        if config.local_enhancement:
+            h = self.enhance_last(h, (H, W))
         shift, scale = (self.scale_shift_table + embedded[:, None]).chunk(2, dim=1)  # (B, 1, d)
         h = self.proj_out(modulate(h, shift, scale))  # (B, L, p*p*c)
         h = h.view(batch, H, W, p, p, config.out_channels)
@@ -735,10 +799,23 @@ class T2MD(ModelMixin, ConfigMixin):
         for name in ("proj_out.weight", "proj_out.bias"):  # rows are (p, p, channel); the first channels are the noise
             state[name] = state[name].unflatten(0, (-1, teacher_channels))[:, :keep].flatten(0, 1)
         kept = {n for n, (a, b) in enumerate(zip(pattern, teacher_pattern)) if a == b}
-        fresh = lambda name: name.startswith("blocks.") and ".mixer." in name and int(name.split(".")[1]) not in kept
+        fresh = lambda name: (name.startswith("blocks.") and ".mixer." in name and int(name.split(".")[1]) not in kept
+                              or name.startswith(("padding.", "enhance_")) and name not in state)
         own = {k: v for k, v in model.state_dict().items() if fresh(k)}
         model.load_state_dict({**{k: v for k, v in state.items() if not fresh(k)}, **own})
         return model
+
+
+    @classmethod
+    def from_attention(cls, path_or_repo, pattern, **overrides):
+        """Like `from_pixart`, but the Mamba mixers too start from the teacher's attention: `MambaMixer.copy_attention`."""
+        teacher = cls.from_pixart(path_or_repo)
+        heads, head = teacher.config.heads, teacher.config.width // teacher.config.heads
+        student = cls.from_pixart(path_or_repo, pattern, expand=1, d_state=head, head_dim=head, n_groups=heads, **overrides)
+        for ours, theirs in zip(student.blocks, teacher.blocks):
+            if isinstance(ours.mixer, MambaMixer):
+                ours.mixer.copy_attention(theirs.mixer)
+        return student
 
 
 def pixart_config(config):

@@ -337,6 +337,55 @@ def test_every_letter_at_any_size_and_dtype(dtype, size):
     assert relative(out.double(), exact) < {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 5e-2}[dtype]
 
 
+def test_padding_tokens_end_every_line_and_never_reach_the_output(tmp_path):
+    padding = t2md.PaddingTokens(8)
+    h = torch.randn(2, 4 * 5, 8)
+    padded, grid = padding.add(h, (4, 5))
+    assert grid == (7, 8) and torch.equal(padding.remove(padded, grid), h)
+    padded = padded.unflatten(1, grid)
+    assert all(torch.equal(padded[0, y, 5:], padding.tokens) for y in range(7))
+    assert all(torch.equal(padded[1, 4:, x], padding.tokens) for x in range(5))
+    model = shuffled(T2MD(pattern="SHWv", padding_tokens=True, **TINY))
+    x, shapes = inputs(size=(8, 12)), []
+    out = t2md.predict_noise(model, x["z"], x["t"], x["text"], x["mask"], visit=lambda n, *ends: shapes.extend(end.shape for end in ends))
+    assert out.shape == x["z"].shape and set(shapes) == {(2, 24, 48)}
+    out.square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in model.named_parameters() if name.startswith(("padding", "blocks.2.mixer")))
+    model.save_pretrained(tmp_path)
+    again = T2MD.from_pixart(str(tmp_path))
+    assert again.config.padding_tokens and torch.equal(again.padding.tokens, model.padding.tokens)
+
+
+def test_local_enhancement_starts_as_the_identity(tmp_path):
+    shuffled(pixart()).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    plain = T2MD.from_pixart(str(tmp_path), "SW", d_state=8, head_dim=16)
+    enhanced = T2MD.from_pixart(str(tmp_path), "SW", d_state=8, head_dim=16, local_enhancement=True)
+    enhanced.load_state_dict(plain.state_dict(), strict=False)
+    x = inputs(size=(8, 12))
+    arguments = (x["z"], x["t"], x["text"], x["mask"])
+    with torch.no_grad():
+        assert torch.equal(t2md.predict_noise(enhanced, *arguments), t2md.predict_noise(plain, *arguments))
+        enhanced.enhance_last.conv.weight[:, 0, 0, 1] = 0.1  # sees the token above
+        assert relative(t2md.predict_noise(enhanced, *arguments), t2md.predict_noise(plain, *arguments)) > 1e-3
+    assert enhanced.enhance_first in train.trainable("kd", enhanced)
+
+
+def test_attention_to_mamba_initialisation(tmp_path):
+    """C, B and x of a Mamba layer are the attention's queries, keys and values, head by head."""
+    shuffled(pixart()).save_pretrained(tmp_path)
+    student, teacher = T2MD.from_attention(str(tmp_path), "SW"), T2MD.from_pixart(str(tmp_path))
+    mamba, attention, u = student.blocks[1].mixer.mamba, teacher.blocks[1].mixer, torch.randn(1, 5, 48)
+    assert (mamba.n_heads, mamba.n_groups, mamba.d_state, mamba.head_dim) == (2, 2, 24, 24)
+    _, xBC, _ = mamba.in_proj(u).split(mamba.split_sizes, dim=-1)
+    v, k, q = (layer(u) - layer.bias for layer in (attention.to_v, attention.to_k, attention.to_q))
+    assert torch.allclose(xBC, torch.cat([v, k, q], dim=-1), atol=1e-6)
+    same = attention.to_out[0](u)  # two directions that agree pass through fuse as one
+    assert torch.allclose(student.blocks[1].mixer.fuse(2 * mamba.out_proj(u)), same, atol=1e-6)
+    x = inputs()
+    assert t2md.predict_noise(student, x["z"], x["t"], x["text"], x["mask"]).isfinite().all()
+
+
 @pytest.mark.parametrize("bad", [dict(pattern="SXW"), dict(pattern=""), dict(pos_embed="rotary"), dict(width=50), dict(head_dim=17), dict(beta_schedule="cosine")])
 def test_bad_configurations_are_refused(bad):
     with pytest.raises(ValueError):
@@ -574,6 +623,27 @@ def test_diffusers_pipeline_gives_our_latents(components, pattern, out_channels,
     assert relative(ours, theirs) < 1e-4
     image = pipeline(prompts, negative_prompt="a square", output_type="pt", **how).images
     assert torch.allclose((vae.decode(ours) + 1) / 2, image, atol=1e-4)
+
+
+def test_upsample_guidance():
+    """Its timestep by brute force; theta 0 is plain sampling; theta 1 puts the small image's prediction under the large one's."""
+    scheduler = sample.make_scheduler("scaled_linear")
+    abar = scheduler.alphas_cumprod.double()
+    snr = [float(a / (1 - a)) for a in abar]
+    for m, t in ((2, 999), (2, 700), (3, 850), (4, 0), (4, 999)):
+        assert int(sample.matched_timestep(abar, t, m)) == min(range(t + 1), key=lambda s: abs(snr[s] - m**2 * snr[t]))
+    noise, z_t = torch.randn(2, 4, 8, 12), torch.randn(2, 4, 8, 12)
+    seen = []
+    predict = lambda z, t: (seen.append((z.shape, int(t))), 0.3 * z + float(t) / 1000)[1]
+    assert torch.equal(sample.upsample_guidance(predict, z_t, 900, noise, abar, 2, theta=0.0), noise)
+    guided = sample.upsample_guidance(predict, z_t, 900, noise, abar, 2)
+    assert seen[-1] == ((2, 4, 4, 6), int(sample.matched_timestep(abar, 900, 2)))
+    small = 0.3 * torch.nn.functional.avg_pool2d(z_t, 2) / (abar[900] + (1 - abar[900]) / 4).sqrt().float() + seen[-1][1] / 1000
+    assert torch.allclose(torch.nn.functional.avg_pool2d(guided, 2), small / 2, atol=1e-5)
+    assert sample.upsample_guidance(predict, z_t, 699, noise, abar, 2) is noise
+    pure = torch.randn(64, 4, 16, 16)  # at t = 999 a z_t is noise: pooled and scaled it is again of unit variance
+    sample.upsample_guidance(lambda z, t: (seen.append(z.std()), z)[1], pure, 999, pure, abar, 2)
+    assert abs(seen[-1] - 1) < 0.02
 
 
 def test_text_encoder_agrees_and_truncates(components, capsys):

@@ -60,7 +60,7 @@ from tqdm import tqdm
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from sample import component_path, encode_first, generate, load_denoiser, load_parts, pad_features, read_prompts, seconds, size_conditions
-from t2md import T2MD, VAE, MambaMixer, TextEncoder, forcing_loss, kd_loss, mse_loss, predict_noise
+from t2md import T2MD, VAE, LocalEnhancement, MambaMixer, PaddingTokens, TextEncoder, forcing_loss, kd_loss, mse_loss, predict_noise
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CHAIN = ("teacher", "forcing", "kd", "adapt", "hires1", "hires2")
@@ -1000,10 +1000,15 @@ def make_component(name, args):
     return folder
 
 
-def trainable(stage, model):
-    """The modules a stage trains: forcing Mamba layers, kd all token mixers, otherwise everything."""
+def trainable(stage, model, init="forcing"):
+    """The modules a stage trains: forcing Mamba layers, kd all token mixers (and what else the teacher does not have),
+    otherwise, and from scratch, everything."""
     mixers = [block.mixer for block in model.blocks]
-    return {"forcing": [m for m in mixers if isinstance(m, MambaMixer)], "kd": mixers}.get(stage, [model])
+    if stage == "forcing":
+        return [m for m in mixers if isinstance(m, MambaMixer)]
+    if stage == "kd" and init != "scratch":
+        return mixers + [m for m in model.children() if isinstance(m, (PaddingTokens, LocalEnhancement))]
+    return [model]
 
 
 def teacher_folder(args):
@@ -1024,7 +1029,7 @@ def teacher_folder(args):
 def previous_folder(stage, args):
     """The checkpoint that a stage starts from; run first if it is missing."""
     before = CHAIN[CHAIN.index(stage) - 1]
-    if before == "teacher":
+    if before == "teacher" or stage == "kd" and args.init != "forcing":
         return teacher_folder(args)
     folder = os.path.join(args.out, before)
     if not finished(folder):
@@ -1043,13 +1048,18 @@ def start_model(stage, args, folder):
         model = T2MD(pattern="S" * len(args.pattern), pos_embed="pixart", **CONFIGS[args.config]["model"])
     else:
         before = further or previous_folder(stage, args)
-        if stage == "forcing":
-            overrides = dict(pattern=args.pattern)
+        if stage == "forcing" or stage == "kd" and args.init != "forcing":
+            overrides = dict(pattern=args.pattern, padding_tokens=args.padding_tokens, local_enhancement=args.local_enhancement)
         if stage == "adapt":
             overrides = dict(pos_embed="centered", beta_schedule="scaled_linear")
             parts = {name: adapted_component(name, args) for name in ("vae", "text_encoder")}
         torch.manual_seed(zlib.crc32(f"{args.seed}/{stage}".encode()))
-        model = T2MD.from_pixart(before, **overrides)
+        if stage == "kd" and args.init == "llama":
+            model = T2MD.from_attention(before, **overrides)
+        else:
+            model = T2MD.from_pixart(before, **overrides)
+        if stage == "kd" and args.init == "scratch":
+            model = T2MD.from_config(model.config)
         parts = parts or {name: component_path(before, model.config[name]) for name in ("vae", "text_encoder")}
     parts |= {name: path for name in parts if stage == args.stage and (path := getattr(args, name))}
     model.register_to_config(**{name: os.path.relpath(path, folder) if os.path.isdir(path) else path for name, path in parts.items()})
@@ -1065,14 +1075,15 @@ def adapted_component(name, args):
     return shipped if os.path.isdir(shipped) and not own_teacher else make_component(f"{name}_adapt", args)
 
 
-def stage_terms(stage, model, teacher, schedule, batch, backward, **conditions):
-    """One step's forward and backward pass on a batch of Data -> {name: detached term}. conditions: `size_conditions`."""
+def stage_terms(stage, model, teacher, schedule, batch, backward, kd_weights=(0.5, 0.2), **conditions):
+    """One step's forward and backward pass on a batch of Data -> {name: detached term}. kd_weights: of L_soft and L_mixer;
+    conditions: `size_conditions`."""
     t, noise, text, mask = batch["t"], batch["noise"], batch["text"], batch["mask"]
     z_t = schedule.add_noise(batch["z0"], noise, t)
     if stage == "forcing":
         return dict(forcing=forcing_loss(model, teacher, z_t, t, text, mask, backward, **conditions))
     if stage == "kd":
-        loss, terms = kd_loss(model, teacher, z_t, t, text, mask, noise, **conditions)
+        loss, terms = kd_loss(model, teacher, z_t, t, text, mask, noise, *kd_weights, **conditions)
     elif stage == "teacher":
         # not the paper's: errors weigh 1 / sqrt(SNR), or what is where and which colour is whose is learned last
         alpha_bar = schedule.alphas_cumprod.to(t.device)[t]
@@ -1100,7 +1111,7 @@ def run_stage(stage, args):
     if config["checkpointing"]:
         model.enable_gradient_checkpointing()
     model.requires_grad_(False)
-    for module in trainable(stage, model):
+    for module in trainable(stage, model, args.init):
         module.requires_grad_(True)
     vae, text_encoder = load_parts(model, folder, args.device)
     teacher = load_denoiser(teacher_folder(args), args.device) if stage in ("forcing", "kd") else None
@@ -1122,7 +1133,8 @@ def run_stage(stage, args):
         turn, generators = multiple[:step].count(multiple[step]), [draw(args.seed, stage, step, i) for i in indices]
         batch = data[multiple[step]].batch(turn, indices, images(step), generators, plan.get("timesteps"))
         conditions = size_conditions(model, *(side * vae.factor for side in batch["z0"].shape[-2:]), len(indices))
-        return stage_terms(stage, model, teacher, schedule, {k: v.to(args.device) for k, v in batch.items()}, backward, **conditions)
+        return stage_terms(stage, model, teacher, schedule, {k: v.to(args.device) for k, v in batch.items()}, backward,
+                           (args.soft_weight, args.mixer_weight), **conditions)
 
     examples = heldout_records(args.examples, args.seed)
     if args.cache:  # the text encoder, by far the largest part at full size, leaves the device
@@ -1336,7 +1348,16 @@ def parse_arguments(argv=None):
     model.add_argument("--vae", help="folder or repository of the VAE that the stage trains with (default: the one of the model it "
                        "starts from; for adapt the config's)")
     model.add_argument("--text-encoder", help="the same for the T5 encoder and its tokenizer")
-    model.add_argument("--pattern", help="the student's mixers, a letter a block out of S H W > < v ^")
+    model.add_argument("--pattern", help="the student's mixers, a letter a block out of S H W > < v ^ (default: the config's; the paper's "
+                       "Table 1 has one direction, as S>v>v>v, and no self-attention, as HWHWHWH)")
+    model.add_argument("--padding-tokens", action="store_true", help="DiM's: 3 learned tokens end every row and column")
+    model.add_argument("--local-enhancement", action="store_true", help="DiM's: depthwise 3x3 convolutions around the blocks")
+    ablation = parser.add_argument_group("--stage kd, the rows of the paper's Table 1")
+    ablation.add_argument("--init", default="forcing", choices=("scratch", "teacher", "forcing", "llama"), help="what kd starts from: nothing "
+                          "(row 'from scratch', with both weights 0), the teacher with fresh Mamba layers ('+ non-Mamba weights'), the "
+                          "forcing stage ('+ teacher forcing', the default), the attention's own weights (Mamba-in-the-Llama)")
+    ablation.add_argument("--soft-weight", type=float, default=0.5, help="of L_soft (default 0.5; 0 switches it off: before row '+ soft loss')")
+    ablation.add_argument("--mixer-weight", type=float, default=0.2, help="of L_mixer (default 0.2; 0: before row '+ token mixer loss')")
     evaluation = parser.add_argument_group("--stage eval")
     evaluation.add_argument("--model", nargs="+", help="checkpoints to score (default: all there are)")
     evaluation.add_argument("--prompts", help="GenEval-format metadata .jsonl (default: held-out records)")
