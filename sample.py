@@ -3,7 +3,7 @@
     python sample.py "a photo of a red circle and a blue square"          # the shipped student, base size
     python sample.py "a photo of a star" --size 2048                      # far above the trained size
     python sample.py "prompt" --size 3840x2160 --n 4 --seed 7 --steps 20 --guidance 4.5 --negative "..."
-    python sample.py --prompts evaluation_metadata.jsonl --n 4 --out DIR  # GenEval's folder layout
+    python sample.py --prompts evaluation_metadata.jsonl --n 4 --out DIR  # GenEval's folder layout; torchrun splits it
     python sample.py --benchmark                                          # all attention against the hybrid, at every size
 
 Sections: 1 loading - 2 the sampler - 3 files - 4 benchmarks - 5 command line.
@@ -33,6 +33,7 @@ from t2md import T2MD, VAE, MambaMixer, TextEncoder, predict_noise, ssd
 transformers_logging.disable_progress_bar()  # its bars for loading weights drown ours
 HERE = os.path.dirname(os.path.abspath(__file__))
 SHIPPED = os.path.join(HERE, "assets", "student")
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 # ----------------------------------------------------------------------------------------------------------
 # 1. Loading
@@ -393,6 +394,8 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
+    if WORLD > 1 and args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
         {"model": benchmark_model, "scan": benchmark_scan, None: run}[args.benchmark](args)
     except (OSError, ValueError) as error:
@@ -411,7 +414,7 @@ def run(args):
     how = dict(steps=args.steps, guidance=args.guidance, negative=args.negative, upscale=args.upscale)
 
     wanted = []  # (prompt, seed, path)
-    for i, record in enumerate(records):
+    for i, record in list(enumerate(records))[RANK::WORLD]:
         folder = os.path.join(args.out, f"{i:05d}")
         if args.prompts and not os.path.exists(os.path.join(folder, "metadata.jsonl")):
             os.makedirs(os.path.join(folder, "samples"), exist_ok=True)

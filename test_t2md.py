@@ -1111,12 +1111,47 @@ def few_pictures(original, pixels, count, *rest):
 
 def test_eval_prints_and_writes_scores(chain, tmp_path):
     folders = [os.path.join(chain, stage) for stage in ("teacher", "kd")]
-    result = run("train.py", "--stage", "eval", "--records", "6", "--out", str(tmp_path), "--zero-shot", "256", "--model", *folders)
+    result = run("train.py", "--stage", "eval", "--records", "6", "--out", str(tmp_path), "--zero-shot", "256", "--size", "128", "64", "--model", *folders)
     assert result.returncode == 0, result.stderr
     scores = json.load(open(tmp_path / "eval.json"))
-    assert Image.open(tmp_path / "eval.png").size == (6 * 128, 3 * 128)
-    assert list(scores) == folders and all(set(s) == {*train.TAGS, "overall"} for s in scores.values())
-    assert result.stdout.count("\n") == 4 and all(tag in result.stdout for tag in (*train.TAGS, "overall"))
+    assert Image.open(tmp_path / "eval.png").size == (6 * 128, 5 * 128)
+    assert list(scores) == folders and all(set(own["64"]) == set(own["128"]) == {*train.TAGS, "overall"} for own in scores.values())
+    assert result.stdout.count("\n") == 6 and all(tag in result.stdout for tag in (*train.TAGS, "overall"))
+
+
+def test_ablate_runs_every_row_once(tmp_path, monkeypatch, capsys):
+    rows = {name: settings for name, _, settings in train.ABLATIONS}
+    assert rows["one direction"]["pattern"]("SHWHWHW") == "Sv>v>v>" and rows["no self-attention"]["pattern"]("SHWHWHW") == "HWHWHWH"
+    assert rows["four-way scan"]["pattern"]("SHWHWHW" * 2) == "S><v^><Sv^><v^"
+    monkeypatch.setattr(train, "ABLATIONS", [row for row in train.ABLATIONS if row[0] in ("from scratch", "four-way scan")])
+    args = train.parse_arguments(["--stage", "ablate", "--steps", "4", "--batch-size", "2", "--records", "6", "--seeds", "2", "--out", str(tmp_path)])
+    train.run_ablate(args)
+    assert capsys.readouterr().out.count("ablate: ") == 3 * 2
+    steps = {path.parent.parent.name + "/" + path.parent.name: len(path.read_text().splitlines()) for path in (tmp_path / "ablate").rglob("log.jsonl")}
+    assert steps == {
+        f"{row}-{seed}/{stage}": n for seed in range(2) for row, stage, n in (
+            ("from-scratch", "kd", 4), ("four-way-scan", "forcing", 1), ("four-way-scan", "kd", 3))}
+    config = lambda row: json.load(open(tmp_path / "ablate" / row / "kd" / "config.json"))
+    assert config("four-way-scan-1")["pattern"] == "S><v^><" and config("from-scratch-0")["pattern"] == "SHWHWHW"
+    train.run_ablate(args)  # all done: the table again, and nothing else
+    printed = capsys.readouterr().out
+    assert "ablate: " not in printed and printed.strip() == (tmp_path / "ablate" / "table.md").read_text().strip()
+    table = json.load(open(tmp_path / "ablate" / "table.json"))
+    teacher, scratch = (table[row]["runs"][0] for row in ("teacher", "from scratch"))
+    assert teacher["noise"] == 0 and teacher["mixers"] == [0] * 7 and scratch["noise"] > 0.1 and len(scratch["mixers"]) == 7
+    assert table["from scratch"]["paper"] == 0.301 and "0.301" in printed
+
+
+def test_figures(tmp_path):
+    row = lambda top: {"runs": [{"mixers": [0.1, 0.2, top]}, {"mixers": [0.1, 0.3, top]}]}
+    os.makedirs(tmp_path / "ablate")
+    (tmp_path / "ablate" / "table.json").write_text(json.dumps({"+ token mixer loss": row(0.5), "+ teacher forcing: T2MD": row(0.2)}))
+    train.run_figures(train.parse_arguments(["--stage", "figures", "--out", str(tmp_path), "--size", "64"]))
+    for name in ("field.png", "depth.png"):
+        assert len(np.unique(np.asarray(Image.open(tmp_path / name)))) > 8
+    mixer, x = MambaMixer(">", 48, d_state=8, head_dim=16), torch.randn(2, 6 * 10, 48)
+    field = train.receptive_field([mixer], x, (6, 10)).flatten()
+    assert (field[3 * 10 + 5 + 1 :] == 0).all() and (field[: 3 * 10 + 5 + 1] > 0).all() and field.max() == 1
 
 
 def test_evaluate_counts_what_the_detector_sees():
@@ -1154,8 +1189,8 @@ def test_sample_writes_genevals_layout_and_resumes(chain, tmp_path):
     kept = tmp_path / "out" / "00001" / "samples" / "00001.png"
     (tmp_path / "out" / "00002" / "samples" / "00000.png").unlink()
     before = kept.stat().st_mtime_ns
-    result = run(*command)
-    assert result.returncode == 0 and result.stdout.count(".png") == 1 and kept.stat().st_mtime_ns == before
+    shares = [run(*command, env=os.environ | dict(RANK=rank, WORLD_SIZE="2")) for rank in "01"]  # as torchrun starts them
+    assert [(share.returncode, share.stdout.count(".png")) for share in shares] == [(0, 1), (0, 0)] and kept.stat().st_mtime_ns == before
     text = tmp_path / "prompts.txt"
     text.write_text("a photo of a star\n\na photo of a cross\n")
     assert [r["prompt"] for r in sample.read_prompts(str(text))] == ["a photo of a star", "a photo of a cross"]

@@ -3,6 +3,8 @@
     python train.py --stage kd           # from the shipped teacher: forcing first if there is none yet, then kd
     python train.py --stage all          # the whole chain from no weights at all
     python train.py --stage eval         # the six GenEval-type scores of teacher and students, beside each other
+    python train.py --stage ablate       # the paper's Table 1 in miniature
+    python train.py --stage figures      # receptive fields; errors by depth with and without teacher forcing
     python train.py --stage data --data DIR_OR_TARS     # what a data set of images holds, bucket by bucket
 
     stage     starts from   trains                    loss           size (x base)
@@ -35,6 +37,7 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -59,12 +62,11 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from sample import component_path, encode_first, generate, load_denoiser, load_parts, pad_features, read_prompts, seconds, size_conditions
+from sample import RANK, WORLD, component_path, encode_first, generate, load_denoiser, load_parts, noise_for, pad_features, read_prompts, seconds, size_conditions
 from t2md import T2MD, VAE, LocalEnhancement, MambaMixer, PaddingTokens, TextEncoder, forcing_loss, kd_loss, mse_loss, predict_noise
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CHAIN = ("teacher", "forcing", "kd", "adapt", "hires1", "hires2")
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 # ----------------------------------------------------------------------------------------------------------
 # 1. The shapes world: pictures, captions in GenEval's grammar, and a detector that scores them
@@ -1166,9 +1168,9 @@ def run_stage(stage, args):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def sample_records(model, vae, text_encoder, records, pixels, seed=0, batch=32, **how):
+def sample_records(model, vae, text_encoder, records, pixels, seed=0, **how):
     """One picture for each record, image k from the noise of seed + k -> list of PIL images."""
-    images = []
+    images, batch = [], max(1, 32 * 128**2 // pixels**2)
     for start in range(0, len(records), batch):
         prompts = [record["prompt"] for record in records[start : start + batch]]
         seeds = [seed + start + k for k in range(len(prompts))]
@@ -1195,6 +1197,163 @@ def evaluate(images, records):
     return scores | {"overall": float(np.mean(list(scores.values())))}
 
 
+def relative_errors(student, teacher, vae, text_encoder, records, pixels, seed):
+    """How far a student is from its teacher, without a detector: ||student - teacher||^2 / ||teacher||^2 of the predicted noise
+    and of each block's mixer output, each model on its own hidden states, on pictures of `records` at timesteps spread over
+    all of them -> {"noise": float, "mixers": [float]}."""
+    schedule, totals = DDPMScheduler(1000, beta_start=1e-4, beta_end=2e-2, beta_schedule=teacher.config.beta_schedule), []
+    for start in range(0, len(records), 16):
+        chunk = range(start, min(start + 16, len(records)))
+        mean, _ = vae.moments(to_pixels([draw_shapes(records[k], pixels, np.random.default_rng([seed, k])) for k in chunk]))
+        noise = torch.cat([torch.randn(1, *mean.shape[1:], generator=draw(seed, "errors", 0, k)) for k in chunk]).to(mean.device)
+        t = torch.tensor([int((k + 0.5) * 1000 / len(records)) for k in chunk], device=mean.device)
+        text, mask = text_encoder([records[k]["prompt"] for k in chunk])
+        outputs = []
+        for model in (student, teacher):
+            mixers = []
+            with torch.no_grad():
+                predicted = predict_noise(model, schedule.add_noise(mean, noise, t), t, text, mask, lambda n, x, y: mixers.append(y))
+            outputs.append([predicted, *mixers])
+        totals.append([((s - o).square().sum().item(), o.square().sum().item()) for s, o in zip(*outputs)])
+    wrong, size = np.array(totals).sum(0).T
+    noise, *mixers = (wrong / size).tolist()
+    return dict(noise=noise, mixers=mixers)
+
+
+def scans(letters, attention=True):
+    """A pattern's Mamba letters (without `attention` all its letters) replaced by these in turn."""
+    def replaced(pattern):
+        turn = itertools.cycle(letters)
+        return "".join("S" if letter == "S" and attention else next(turn) for letter in pattern)
+    return replaced
+
+
+# rows of the ablation table: name, the paper's GenEval score, what the row sets
+ABLATIONS = (
+    ("from scratch", 0.301, dict(init="scratch", soft_weight=0.0, mixer_weight=0.0)),
+    ("+ non-Mamba weights from the teacher", 0.397, dict(init="teacher", soft_weight=0.0, mixer_weight=0.0)),
+    ("+ soft loss", 0.452, dict(init="teacher", mixer_weight=0.0)),
+    ("+ token mixer loss", 0.462, dict(init="teacher")),
+    ("+ teacher forcing: T2MD", 0.485, dict()),
+    ("attention-to-Mamba initialisation", 0.433, dict(init="llama")),
+    ("one direction", 0.448, dict(pattern=scans("v>"))),
+    ("no self-attention", 0.420, dict(pattern=scans("HW", attention=False))),
+    ("four-way scan", None, dict(pattern=scans("><v^"))),
+    ("padding tokens", None, dict(padding_tokens=True)),
+    ("local enhancement", None, dict(local_enhancement=True)),
+)
+
+
+def run_ablate(args):
+    """Every row of ABLATIONS with every seed, at an equal number of optimiser steps (a quarter of them forcing, where a row has
+    it), then OUT/ablate/table.md and .json: mean and standard deviation over seeds. Rows that are done are not run again."""
+    steps, folder, teacher = args.steps or 600, os.path.join(args.out, "ablate"), teacher_folder(args)
+    os.makedirs(os.path.join(args.out, "cache"), exist_ok=True)
+    original = load_denoiser(teacher, args.device)
+    parts, pixels = load_parts(original, teacher, args.device), CONFIGS[args.config]["base_pixels"]
+
+    def measure(model, seed):
+        records = heldout_records(args.records, seed)
+        return evaluate(sample_records(model, *parts, records, pixels, seed), records) | relative_errors(model, original, *parts, records[:96], pixels, seed)
+
+    def result(name, seed, settings):
+        own = os.path.join(folder, f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}-{seed}")
+        path = os.path.join(own, "result.json")
+        if not os.path.exists(path):
+            print(f"ablate: {name}, seed {seed}")
+            model = original
+            if settings is not None:
+                os.makedirs(own, exist_ok=True)
+                if not os.path.lexists(os.path.join(own, "cache")):  # pictures, encoded once for all rows
+                    os.symlink(os.path.relpath(os.path.join(args.out, "cache"), own), os.path.join(own, "cache"))
+                row = argparse.Namespace(**vars(args) | settings | dict(out=own, seed=seed, teacher=teacher, examples=0))
+                if "pattern" in settings:
+                    row.pattern = settings["pattern"](args.pattern)
+                forcing = steps // 4 if row.init == "forcing" else 0
+                for row.stage, row.steps in (("forcing", forcing), ("kd", steps - forcing)):
+                    if row.steps:
+                        model = load_denoiser(run_stage(row.stage, row), args.device)
+            write_atomically(path, lambda path: open(path, "w").write(json.dumps(measure(model, seed))))
+        return json.load(open(path))
+
+    lines = [f"{steps} optimiser steps a row, seeds 0 to {args.seeds - 1}, {args.records} held-out records a seed; mean +- standard deviation", "",
+             "| | " + " | ".join(TAGS) + " | overall | noise error | mixer error | paper: GenEval |", "|---" * (len(TAGS) + 5) + "|"]
+    table = {}
+    for name, paper, settings in (("teacher", 0.481, None), *ABLATIONS):
+        runs = [result(name, seed, settings) for seed in range(args.seeds)]
+        columns = {key: [run[key] for run in runs] for key in (*TAGS, "overall", "noise")} | dict(mixers=[float(np.mean(run["mixers"])) for run in runs])
+        table[name] = dict(paper=paper, runs=runs)
+        cells = [f"{np.mean(values):.3f} +- {np.std(values):.3f}" for values in columns.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {paper or ''} |")
+        write_atomically(os.path.join(folder, "table.json"), lambda path: open(path, "w").write(json.dumps(table, indent=1)))
+        write_atomically(os.path.join(folder, "table.md"), lambda path: open(path, "w").write("\n".join(lines) + "\n"))
+    print("\n".join(lines))
+
+
+def receptive_field(mixers, x, grid):
+    """How much each token's input moves the middle token's output through mixers stacked with residuals: the norm of the
+    gradient, (H, W), largest 1. x: (B, H * W, d), the mixer inputs of some pictures."""
+    x = x.detach().requires_grad_()
+    h = x
+    for mixer in mixers:
+        h = h + mixer(h, grid)
+    middle = grid[0] // 2 * grid[1] + grid[1] // 2
+    out = (h - x)[:, middle]
+    gradient, = torch.autograd.grad((out * torch.randn(out.shape, generator=torch.Generator().manual_seed(0))).sum(), x)
+    field = gradient.norm(dim=2).mean(0).reshape(grid)
+    return field / field.max()
+
+
+def line_chart(path, lines, title, size=(640, 400)):
+    """Lines {name: values >= 0} over block numbers -> PNG."""
+    image, margin = Image.new("RGB", size, "white"), 48
+    pen, top = ImageDraw.Draw(image), max(max(values) for values in lines.values())
+    place = lambda k, v, n: (margin + k * (size[0] - 2 * margin) / max(1, n - 1), size[1] - margin - v / top * (size[1] - 3 * margin))
+    pen.text((margin, 8), title, fill="black")
+    for tick in np.linspace(0, top, 5):
+        y = place(0, tick, 2)[1]
+        pen.line([margin, y, size[0] - margin, y], fill="lightgrey")
+        pen.text((8, y - 6), f"{tick:.2g}", fill="black")
+    for n, ((name, values), colour) in enumerate(zip(lines.items(), COLOURS.values())):
+        points = [place(k, v, len(values)) for k, v in enumerate(values)]
+        pen.line(points, fill=colour, width=3)
+        pen.text((margin + 8, 26 + 14 * n), name, fill=colour)
+        for k, (x, _) in enumerate(points):
+            pen.text((x - 3, size[1] - margin + 8), str(k), fill="black")
+    write_atomically(path, lambda path: image.save(path, format="PNG"))
+
+
+def run_figures(args):
+    """OUT/field.png, the receptive fields of a student's W, H, W then H, and S mixers; and, once --stage ablate has run,
+    OUT/depth.png, its mixers' errors by depth with and without teacher forcing."""
+    folder, pixels = (args.model or [os.path.join(HERE, "assets", "student")])[0], (args.size or [2 * CONFIGS[args.config]["base_pixels"]])[0]
+    model, inputs = load_denoiser(folder, args.device), []
+    vae, text_encoder = load_parts(model, folder, args.device)
+    records = heldout_records(12, args.seed)
+    mean, _ = vae.moments(to_pixels([draw_shapes(record, pixels, np.random.default_rng([args.seed, k])) for k, record in enumerate(records)]))
+    schedule = DDPMScheduler(1000, beta_start=1e-4, beta_end=2e-2, beta_schedule=model.config.beta_schedule)
+    noise, t = torch.cat([noise_for(args.seed + k, *mean.shape[1:]) for k in range(len(records))]), torch.full((len(records),), 500)
+    text, mask = text_encoder([record["prompt"] for record in records])
+    with torch.no_grad():
+        predict_noise(model, schedule.add_noise(mean, noise, t), t, text, mask, lambda n, x, y: inputs.append(x))
+    grid, first = [side // model.config.patch_size for side in mean.shape[2:]], {letter: model.config.pattern.index(letter) for letter in "SHW"}
+    panels = []
+    for letters in ("W", "H", "WH", "S"):
+        field = receptive_field([model.blocks[first[letter]].mixer for letter in letters], inputs[first[letters[0]]], grid)
+        shade = (255 * (1 - field.clamp(min=1e-4).log10() / -4)).round().byte().numpy()  # four decades, white the largest
+        panels.append(Image.fromarray(shade).resize((192, 192), Image.NEAREST).convert("RGB"))
+    sheet = contact_sheet(panels, ["W", "H", "W, then H", "S"], columns=4)
+    write_atomically(os.path.join(args.out, "field.png"), lambda path: sheet.save(path, format="PNG"))
+    print(os.path.join(args.out, "field.png"))
+    table = os.path.join(args.out, "ablate", "table.json")
+    if os.path.exists(table):
+        runs = {name: json.load(open(table))[name]["runs"] for name in ("+ token mixer loss", "+ teacher forcing: T2MD")}
+        lines = {label: np.mean([run["mixers"] for run in own], axis=0).tolist()
+                 for label, own in zip(("without teacher forcing", "with teacher forcing"), runs.values())}
+        line_chart(os.path.join(args.out, "depth.png"), lines, "relative error of each block's mixer output after kd, by depth")
+        print(os.path.join(args.out, "depth.png"))
+
+
 def contact_sheet(pictures, captions, columns=6, side=192):
     """Pictures, scaled into squares, each above its caption -> one picture."""
     line, rows = 12, -(-len(pictures) // columns)
@@ -1215,7 +1374,7 @@ def run_benchmark(args):
     teacher, student = load_denoiser(folder, args.device), T2MD.from_pixart(folder, pattern=args.pattern).to(args.device).requires_grad_(False)
     for module in trainable(args.stage, student):
         module.requires_grad_(True)
-    side, batch = args.size or config["base_pixels"], plan["batch_size"]
+    side, batch = (args.size or [config["base_pixels"]])[0], plan["batch_size"]
     normal = functools.partial(torch.randn, device=args.device)
     z_t, t = normal(batch, student.config.in_channels, side // 8, side // 8), torch.full((batch,), 500, device=args.device)
     text, mask = normal(batch, 20, student.config.caption_width), torch.ones(batch, 20, dtype=torch.long, device=args.device)
@@ -1247,7 +1406,7 @@ def run_benchmark(args):
 def run_data(args):
     """Look at --data as training sees it: prints how many images each bucket has and what was skipped and why, and
     writes OUT/data.png, 24 of them with their captions."""
-    pixels, path = args.size or CONFIGS[args.config]["base_pixels"], os.path.join(args.out, "data.png")
+    pixels, path = (args.size or [CONFIGS[args.config]["base_pixels"]])[0], os.path.join(args.out, "data.png")
     if args.data == "shapes":
         rng = np.random.default_rng(args.seed)
         records = [training_record(rng) for _ in range(24)]
@@ -1268,8 +1427,8 @@ def run_data(args):
 
 
 def run_eval(args):
-    """Score checkpoints beside each other, on held-out records or --prompts; prints a table, writes OUT/eval.json
-    and OUT/eval.png, a row of pictures for each model and, with --zero-shot, one more of the last at that size."""
+    """Score checkpoints beside each other, at each --size, on held-out records or --prompts; prints a table, writes OUT/eval.json
+    and OUT/eval.png, a row of pictures for each and, with --zero-shot, one more of the last at that size."""
     made = [os.path.join(args.out, stage) for stage in CHAIN]
     shipped = [os.path.join(HERE, "assets", name) for name in ("teacher", "student")]
     folders = args.model or [f for f in (*shipped, *made) if os.path.exists(os.path.join(f, "config.json"))]
@@ -1278,19 +1437,20 @@ def run_eval(args):
     records = read_prompts(args.prompts) if args.prompts else heldout_records(args.records, args.seed)
     if not all(r.get("tag") in TAGS and r.get("include") for r in records):
         raise ValueError(f"{args.prompts} must hold GenEval-format records: each with a tag of {', '.join(TAGS)}, and include")
-    pixels, results, rows = args.size or CONFIGS[args.config]["base_pixels"], {}, []
-    print(f"{len(records)} records at {pixels} px, 20 steps, guidance 4.5, seed {args.seed}")
-    print("".join(f"{name:>14}" for name in (*TAGS, "overall")) + "  model")
+    sizes, results, rows = args.size or [CONFIGS[args.config]["base_pixels"]], {}, []
+    print(f"{len(records)} records, 20 steps, guidance 4.5, seed {args.seed}")
+    print("".join(f"{name:>14}" for name in (*TAGS, "overall")) + "  pixels  model")
     for folder in folders:
         model = load_denoiser(folder, args.device)
         parts = load_parts(model, folder, args.device)
-        images = sample_records(model, *parts, records, pixels, args.seed)
-        results[folder] = scores = evaluate(images, records)
-        print("".join(f"{scores.get(name, float('nan')):14.3f}" for name in (*TAGS, "overall")) + f"  {folder}", flush=True)
-        rows.append(images[:12])
+        for pixels in sizes:
+            images = sample_records(model, *parts, records, pixels, args.seed, upscale=args.upscale)
+            scores = results.setdefault(folder, {})[pixels] = evaluate(images, records)
+            print("".join(f"{scores.get(name, float('nan')):14.3f}" for name in (*TAGS, "overall")) + f"  {pixels:6}  {folder}", flush=True)
+            rows.append(images[:12])
     if args.zero_shot:
-        large = sample_records(model, *parts, records[:12], args.zero_shot, args.seed, batch=1)
-        rows.append([image.resize((pixels, pixels), Image.BOX) for image in large])
+        rows.append(sample_records(model, *parts, records[:12], args.zero_shot, args.seed, upscale=args.upscale))
+    rows = [[image.resize((sizes[0], sizes[0]), Image.BOX) for image in row] for row in rows]
     write_atomically(os.path.join(args.out, "eval.json"), lambda path: open(path, "w").write(json.dumps(results, indent=1)))
     write_atomically(os.path.join(args.out, "eval.png"), lambda path: side_by_side(*rows).save(path, format="PNG"))
 
@@ -1321,7 +1481,7 @@ def parse_arguments(argv=None):
             epilog.append(f"  {config:7} {stage:13}" + ", ".join(f"{k} {v}" for k, v in plan.items()))
     parser = argparse.ArgumentParser(description=__doc__, epilog="\n".join(epilog),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", required=True, choices=(*CHAIN, "all", "eval", "data"),
+    parser.add_argument("--stage", required=True, choices=(*CHAIN, "all", "eval", "data", "ablate", "figures"),
                         help="what to run; what it starts from is run first if it is missing")
     parser.add_argument("--config", default="shapes", choices=CONFIGS,
                         help="shapes, the embedded world (default), or t2md, the paper's model from PixArt-alpha")
@@ -1352,7 +1512,8 @@ def parse_arguments(argv=None):
                        "Table 1 has one direction, as S>v>v>v, and no self-attention, as HWHWHWH)")
     model.add_argument("--padding-tokens", action="store_true", help="DiM's: 3 learned tokens end every row and column")
     model.add_argument("--local-enhancement", action="store_true", help="DiM's: depthwise 3x3 convolutions around the blocks")
-    ablation = parser.add_argument_group("--stage kd, the rows of the paper's Table 1")
+    ablation = parser.add_argument_group("--stage kd, the rows of the paper's Table 1; --stage ablate runs them all")
+    ablation.add_argument("--seeds", type=int, default=3, help="--stage ablate: how many seeds each row is run with (default 3)")
     ablation.add_argument("--init", default="forcing", choices=("scratch", "teacher", "forcing", "llama"), help="what kd starts from: nothing "
                           "(row 'from scratch', with both weights 0), the teacher with fresh Mamba layers ('+ non-Mamba weights'), the "
                           "forcing stage ('+ teacher forcing', the default), the attention's own weights (Mamba-in-the-Llama)")
@@ -1362,16 +1523,21 @@ def parse_arguments(argv=None):
     evaluation.add_argument("--model", nargs="+", help="checkpoints to score (default: all there are)")
     evaluation.add_argument("--prompts", help="GenEval-format metadata .jsonl (default: held-out records)")
     evaluation.add_argument("--records", type=int, default=552, help="how many held-out records (default 552, 92 of each kind)")
-    evaluation.add_argument("--size", type=int, help="pixels of the scored pictures, and of the buckets of --stage data (default: the base size)")
+    evaluation.add_argument("--size", type=int, nargs="+", help="pixels of the scored pictures; the first also of the buckets of --stage data "
+                            "and of --benchmark (default: the base size)")
+    evaluation.add_argument("--upscale", type=int, default=1, metavar="M", help="sample with upsample guidance, at M times a known size")
     evaluation.add_argument("--zero-shot", type=int, metavar="PIXELS",
                             help="adds pictures of the last model at this size to OUT/eval.png")
     args = parser.parse_args(argv)
-    for name in ("steps", "batch_size", "micro_batch", "save_every", "records", "size", "zero_shot"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
+    for name in ("steps", "batch_size", "micro_batch", "save_every", "records", "size", "zero_shot", "seeds", "upscale"):
+        if getattr(args, name) is not None and np.min(getattr(args, name)) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     args.out = args.out or CONFIGS[args.config]["out"]
     args.pattern = args.pattern or CONFIGS[args.config]["pattern"]
     return args
+
+
+COMMANDS = {"eval": run_eval, "data": run_data, "ablate": run_ablate, "figures": run_figures}  # --stage, what trains no stage
 
 
 def main():
@@ -1386,8 +1552,8 @@ def main():
         if RANK:
             sys.stdout = open(os.devnull, "w")
     try:
-        if args.benchmark or args.stage in ("eval", "data"):
-            (run_benchmark if args.benchmark else run_eval if args.stage == "eval" else run_data)(args)
+        if args.benchmark or args.stage in COMMANDS:
+            (run_benchmark if args.benchmark else COMMANDS[args.stage])(args)
         else:
             for stage in [s for s in CHAIN if s in CONFIGS[args.config]["stages"]] if args.stage == "all" else [args.stage]:
                 run_stage(stage, args)
