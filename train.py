@@ -291,9 +291,9 @@ CONFIGS = {
             teacher=TOY | dict(steps=7500, batch_size=64, lr=4e-3, decay=0.6, timesteps=(580, 230)),
             forcing=TOY | dict(steps=1200, batch_size=16, lr=2e-2, warmup=10, pictures=5_000),
             kd=TOY | dict(steps=1300, batch_size=32, lr=4e-3, pictures=5_000),
-            adapt=TOY | dict(steps=1500, batch_size=32, lr=2e-3, timesteps=(680, 220), pictures=8_000),
-            hires1=TOY | dict(steps=600, batch_size=32, lr=1e-3, timesteps=(740, 200), sizes={2: 0.8, 1: 0.2}, pictures=4_000),
-            hires2=TOY | dict(steps=300, batch_size=32, lr=5e-4, timesteps=(800, 180), sizes={4: 1.0}, pictures=1_000),
+            adapt=TOY | dict(steps=2500, batch_size=32, lr=2e-3, timesteps=(680, 220), pictures=8_000),
+            hires1=TOY | dict(steps=600, batch_size=32, lr=1e-3, timesteps=(740, 200), sizes={2: 0.8, 1: 0.2}, pictures=2_500),
+            hires2=TOY | dict(steps=300, batch_size=32, lr=5e-4, timesteps=(800, 180), sizes={4: 1.0}, pictures=600),
         ),
     ),
     "t2md": dict(  # the paper's; its optimiser is not given, so PixArt-alpha's own is used
