@@ -560,6 +560,16 @@ def test_what_a_step_moves(pair, stage):
     assert all(torch.equal(teacher_before[n], w) for n, w in teacher.state_dict().items())
 
 
+def test_what_is_new_learns_at_its_own_rate(pair):
+    student = copy.deepcopy(pair[1]).requires_grad_(True)
+    plan = train.CONFIGS["t2md"]["stages"]["kd"]
+    optimizer = train.Optimizer(student, plan, train.new_modules("kd", student))
+    rates = {id(p): group["lr"] for part in optimizer.parts for group in part.param_groups for p in group["params"]}
+    assert {name: rates[id(p)] for name, p in student.named_parameters()} == {
+        name: 1e-4 if ".mamba." in name or ".fuse." in name else 2e-5 for name, _ in student.named_parameters()}
+    assert train.new_modules("adapt", student) == [student.patch_embed, student.caption_projection, student.proj_out]
+
+
 @pytest.mark.parametrize("stage", ["forcing", "kd", "adapt"])
 def test_training_hands_size_conditions_to_weights_that_want_them(tmp_path, stage):
     shuffled(pixart(128)).save_pretrained(tmp_path)
@@ -1341,7 +1351,7 @@ SHIPPED = os.path.join(HERE, "assets")
 def test_shipped_weights_are_small_and_whole():
     size = sum(os.path.getsize(os.path.join(folder, name)) for folder, _, names in os.walk(SHIPPED) for name in names)
     assert size <= 20 * 2**20
-    for name in ("teacher", "student"):
+    for name in ("teacher", "student_kd", "student"):
         model = sample.load_denoiser(os.path.join(SHIPPED, name))
         vae, text_encoder = sample.load_parts(model, os.path.join(SHIPPED, name))
         assert all(torch.isfinite(p).all() for p in model.parameters()) and vae.channels == 4 and text_encoder.width == 64

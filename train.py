@@ -272,8 +272,8 @@ def score_shapes(image, record):
 # 2. Configurations: every default of every stage
 # ----------------------------------------------------------------------------------------------------------
 
-# steps; batch_size (images of base size; larger images come in batches smaller by their area); lr, and mamba_lr for
-# the Mamba layers where it differs; clip (gradient norm); sizes {multiple of the base size: share of the batches};
+# steps; batch_size (images of base size; larger images come in batches smaller by their area); lr, and new_lr for the
+# layers that meet something new, where it differs (Mamba layers in kd, in adapt what reads and writes latents and text); clip (gradient norm); sizes {multiple of the base size: share of the batches};
 # decay (share of the steps over which the rate falls to zero); timesteps (see ShapesData.batch); pictures (of the
 # shapes world: how many are drawn and encoded, per size); save_every
 PIXART = dict(batch_size=256, lr=2e-5, clip=0.01, weight_decay=0.03, eps=1e-10, betas=(0.9, 0.999), warmup=1000, decay=0.0,
@@ -290,8 +290,8 @@ CONFIGS = {
             text_encoder=TOY | dict(steps=1500, batch_size=128, lr=2e-3, muon=False),
             teacher=TOY | dict(steps=7500, batch_size=64, lr=4e-3, decay=0.6, timesteps=(580, 230)),
             forcing=TOY | dict(steps=1200, batch_size=16, lr=2e-2, warmup=10, pictures=5_000),
-            kd=TOY | dict(steps=1300, batch_size=32, lr=4e-3, pictures=5_000),
-            adapt=TOY | dict(steps=2500, batch_size=32, lr=2e-3, timesteps=(680, 220), pictures=8_000),
+            kd=TOY | dict(steps=1200, batch_size=32, lr=4e-3, pictures=5_000),
+            adapt=TOY | dict(steps=2500, batch_size=32, lr=4e-4, new_lr=4e-3, timesteps=(680, 220), pictures=8_000),
             hires1=TOY | dict(steps=600, batch_size=32, lr=1e-3, timesteps=(740, 200), sizes={2: 0.8, 1: 0.2}, pictures=2_500),
             hires2=TOY | dict(steps=300, batch_size=32, lr=5e-4, timesteps=(800, 180), sizes={4: 1.0}, pictures=600),
         ),
@@ -301,7 +301,7 @@ CONFIGS = {
         adapt=dict(vae="stabilityai/sdxl-vae", text_encoder="google/flan-t5-xxl"), checkpointing=True, save_dtype=torch.float32,
         stages=dict(
             forcing=PIXART | dict(steps=20_000, lr=1e-4, clip=1.0),
-            kd=PIXART | dict(steps=180_000, mamba_lr=1e-4, clip=0.1),
+            kd=PIXART | dict(steps=180_000, new_lr=1e-4, clip=0.1),
             adapt=PIXART | dict(steps=100_000),
             hires1=PIXART | dict(steps=40_000, sizes={2: 0.8, 1: 0.2}),
             hires2=PIXART | dict(steps=20_000, sizes={4: 1.0}),
@@ -800,12 +800,12 @@ def gradient_parts(loss_terms, step, images, micro_batch):
 class Optimizer:
     """AdamW, and where the plan says so Muon on the matrices of the blocks, as one; with warm-up and final decay."""
 
-    def __init__(self, network, plan):
-        fresh = {id(p) for m in network.modules() if isinstance(m, MambaMixer) for p in m.parameters()}
+    def __init__(self, network, plan, new=()):
+        new = {id(p) for module in new for p in module.parameters()}
         matrices, groups = {}, {}
         for name, p in network.named_parameters():
             if p.requires_grad:
-                lr = plan.get("mamba_lr", plan["lr"]) if id(p) in fresh else plan["lr"]
+                lr = plan.get("new_lr", plan["lr"]) if id(p) in new else plan["lr"]
                 kind = matrices if plan["muon"] and "blocks." in name and p.ndim == 2 and "table" not in name else groups
                 kind.setdefault(lr, []).append(p)
         self.parameters = [p for kind in (matrices, groups) for ps in kind.values() for p in ps]
@@ -879,7 +879,7 @@ def saved_step(folder):
         raise ValueError(f"{path} {reason}") from error
 
 
-def fit(stage, folder, network, loss_terms, plan, args, export, show=None, images=None):
+def fit(stage, folder, network, loss_terms, plan, args, export, show=None, images=None, new=()):
     """The training loop of every network here: resumes, logs, keeps an EMA, saves atomically.
 
     Args:
@@ -887,12 +887,13 @@ def fit(stage, folder, network, loss_terms, plan, args, export, show=None, image
         loss_terms: see `gradient_parts`.  images: images(step), of the global batch; the plan's batch_size if not given.
         export: export(folder), called while `network` holds the EMA weights, writes the model files.
         show: show(path), likewise, draws pictures; called at every save.
+        new: the modules that learn at the plan's new_lr.
     Under torchrun every process holds the whole network and takes its share of each batch; the first one writes.
     SIGTERM saves after the step it comes in, and exits.
     Raises FloatingPointError after ten steps in a row whose loss was not finite.
     """
     state_path, log_path = os.path.join(folder, "training_state.pt"), os.path.join(folder, "log.jsonl")
-    optimizer = Optimizer(network, plan)
+    optimizer = Optimizer(network, plan, new)
     ema = EMAModel(network.parameters(), decay=CONFIGS[args.config]["ema"])
     start, _ = saved_step(folder)
     if start:
@@ -958,7 +959,7 @@ def plan_for(stage, args):
             if getattr(args, name) is not None:
                 plan[name] = getattr(args, name)
         if args.lr is not None:
-            plan["mamba_lr"] = args.lr
+            plan["new_lr"] = args.lr
     return plan
 
 
@@ -1011,6 +1012,13 @@ def trainable(stage, model, init="forcing"):
     if stage == "kd" and init != "scratch":
         return mixers + [m for m in model.children() if isinstance(m, (PaddingTokens, LocalEnhancement))]
     return [model]
+
+
+def new_modules(stage, model):
+    """What meets something new in a stage: Mamba layers in kd; a VAE's latents and a text encoder's features in adapt."""
+    if stage == "adapt":
+        return [model.patch_embed, model.caption_projection, model.proj_out]
+    return [m for m in model.modules() if isinstance(m, MambaMixer)] if stage == "kd" else []
 
 
 def teacher_folder(args):
@@ -1155,7 +1163,7 @@ def run_stage(stage, args):
         write_atomically(path, lambda path: grid.save(path, format="PNG"))
 
     fit(stage, folder, model, loss_terms, plan, args, lambda folder: save_model(model, folder, config["save_dtype"]),
-        show if examples else None, images)
+        show if examples else None, images, new_modules(stage, model))
     for m, source in data.items():
         if getattr(source, "skipped", None):
             print(f"skipped at {m * base} px: " + ", ".join(f"{n} x {reason}" for reason, n in source.skipped.items()))
