@@ -10,6 +10,7 @@ Sections: 1 loading - 2 the sampler - 3 files - 4 benchmarks - 5 command line.
 """
 
 import argparse
+import ctypes
 import functools
 import importlib.metadata
 import itertools
@@ -351,6 +352,13 @@ def benchmark_scan(args):
 # ----------------------------------------------------------------------------------------------------------
 
 
+def keep_freed_memory():
+    """Tell glibc to keep what tensors free: handing it back costs page faults, a sixth of a training step on a CPU."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its highest
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(description="Sample images from a T2MD checkpoint, at any size.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -394,6 +402,7 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
+    keep_freed_memory()
     if WORLD > 1 and args.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:

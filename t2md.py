@@ -234,79 +234,93 @@ def ssd(x, dt, A, B, C, chunk_size, D=None):
     whatever the dtype of x. Memory: one chunk's matrices at a time; for the backward pass, a state per chunk.
     """
     precise, g = torch.promote_types(x.dtype, torch.float32), B.shape[2]
-    dt = dt.to(precise)
-    u = x * dt[..., None].to(x.dtype)
-    y = ChunkScan.apply(u.unflatten(2, (g, -1)), (dt * A.to(precise)).unflatten(2, (g, -1)), B, C, chunk_size).flatten(2, 3)
-    return y if D is None else torch.addcmul(y, D.to(x.dtype)[:, None], x)
+    by_group = lambda v, dim: None if v is None else v.unflatten(dim, (g, -1))
+    return ChunkScan.apply(by_group(x, 2), by_group(dt.to(precise), 2), by_group(A.to(precise), 0), B, C, by_group(D, 0),
+                           chunk_size).flatten(2, 3)
 
 
 class ChunkScan(torch.autograd.Function):
-    """`ssd` without dt and D: u (b, l, g, r, p), log decay (b, l, g, r), B and C (b, l, g, n) -> y like u, where
-    r heads share each of the g groups. Subscripts below: i reads, j <= i is read, both inside one chunk.
+    """`ssd` with its heads by group: x (b, l, g, r, p), dt (b, l, g, r), A and D (g, r), B and C (b, l, g, n) -> y like x,
+    where r heads share each of the g groups. Subscripts below: i reads, j <= i is read, both inside one chunk.
 
     The gradient is written out because autograd would keep every chunk's matrices: it goes from the last chunk to
-    the first, makes their matrices again and carries the state's gradient.
+    the first, makes their matrices again and carries the state's gradient. States are (b, g, r, p, n).
     """
 
     @staticmethod
-    def chunk_matrices(s, B, C):
-        """Running decay sums s (b, c, g, r) -> G (b, g, 1, c, c) and L (b, g, r, c, c). Where j > i, G is 0 and L 1."""
-        s = s.permute(0, 2, 3, 1)
+    def chunk(x, dt, A, B, C):
+        """One chunk's u (b, c, g, r, p), decay sums s (b, g, r, c), G (b, g, 1, c, c) and L (b, g, r, c, c); where j > i,
+        G is 0 and L 1."""
+        s = (dt * A).permute(0, 2, 3, 1).contiguous().cumsum(-1)
         L = (s[..., :, None] - s[..., None, :]).clamp_(max=0).exp_()
-        return torch.einsum("bign,bjgn->bgij", C, B).tril_()[:, :, None], L
+        G = torch.einsum("bign,bjgn->bgij", C, B).tril_()[:, :, None]
+        return x * dt[..., None].to(x.dtype), s, G, L
 
     @staticmethod
-    def forward(ctx, u, decay, B, C, chunk_size):
-        y, states, state = torch.empty_like(u), [], None
-        for k, (yc, uc, ac, Bc, Cc) in enumerate(zip(*(v.split(chunk_size, dim=1) for v in (y, u, decay, B, C))), start=1):
-            s = ac.cumsum(1)
-            G, L = ChunkScan.chunk_matrices(s, Bc, Cc)
-            yc.copy_(torch.einsum("bgrij,bjgrp->bigrp", L.mul_(G).to(u.dtype), uc))
+    def decays(s, dtype):
+        """From the chunk's start to i, and from j to its end: both (b, c, g, r, 1)."""
+        return [v.exp().permute(0, 3, 1, 2)[..., None].to(dtype) for v in (s, s[..., -1:] - s)]
+
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, D, chunk_size):
+        y, states, state = torch.empty_like(x), [], None
+        for k, (yc, xc, dtc, Bc, Cc) in enumerate(zip(*(v.split(chunk_size, dim=1) for v in (y, x, dt, B, C))), start=1):
+            u, s, G, L = ChunkScan.chunk(xc, dtc, A, Bc, Cc)
+            from_start, to_end = ChunkScan.decays(s, x.dtype)
+            yc.copy_(torch.einsum("bgrij,bjgrp->bigrp", L.mul_(G).to(x.dtype), u))
             if state is not None:
-                yc.addcmul_(s.exp()[..., None].to(u.dtype), torch.einsum("bign,bgnrp->bigrp", Cc, state.to(u.dtype)))
+                yc.addcmul_(from_start, torch.einsum("bign,bgrpn->bigrp", Cc, state.to(x.dtype)))
+            if D is not None:
+                yc.addcmul_(D.to(x.dtype)[..., None], xc)
             if any(ctx.needs_input_grad):
                 states.append(state)
-            if k * chunk_size < u.shape[1]:  # nobody reads the last chunk's state
-                written = (s[:, -1:] - s).exp()[..., None].to(u.dtype) * uc
-                added = torch.einsum("bjgn,bjgrp->bgnrp", Bc, written).to(s.dtype)
-                state = added if state is None else added.addcmul_(s[:, -1].exp()[:, :, None, :, None], state)
+            if k * chunk_size < x.shape[1]:  # nobody reads the last chunk's state
+                written = torch.einsum("bjgrp,bjgn->bgrpn", u.mul_(to_end), Bc).to(s.dtype)
+                state = written if state is None else written.addcmul_(s[..., -1].exp()[..., None, None], state)
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(u, decay, B, C, y, *states)
+            ctx.save_for_backward(x, dt, A, B, C, D, y, *states)
         ctx.chunk_size = chunk_size
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        u, decay, B, C, y, *states = ctx.saved_tensors
-        chunks = zip(*(v.split(ctx.chunk_size, dim=1) for v in (u, decay, B, C, y, dy)), states, [*states[1:], None])
+        x, dt, A, B, C, D, y, *states = ctx.saved_tensors
+        chunks = zip(*(v.split(ctx.chunk_size, dim=1) for v in (x, dt, B, C, y, dy)), states, [*states[1:], None])
         gradients, dstate = [], None  # dstate: of the state that leaves the chunk
-        for uc, ac, Bc, Cc, yc, dyc, state, state_out in reversed(list(chunks)):
-            s = ac.cumsum(1)
-            G, L = ChunkScan.chunk_matrices(s, Bc, Cc)
-            dG = torch.einsum("bigrp,bjgrp->bgrij", dyc, uc).mul(L).sum(2).tril_().to(u.dtype)
-            du = torch.einsum("bgrij,bigrp->bjgrp", L.mul_(G).to(u.dtype), dyc)
+        dA, dD = (None if v is None else torch.zeros_like(v) for v in (A, D))
+        for xc, dtc, Bc, Cc, yc, dyc, state, state_out in reversed(list(chunks)):
+            u, s, G, L = ChunkScan.chunk(xc, dtc, A, Bc, Cc)
+            from_start, to_end = ChunkScan.decays(s, x.dtype)
+            dG = torch.einsum("bigrp,bjgrp->bgrij", dyc, u).mul(L).sum(2).tril_().to(x.dtype)
+            du = torch.einsum("bgrij,bigrp->bjgrp", L.mul_(G).to(x.dtype), dyc)
             dB = torch.einsum("bgij,bign->bjgn", dG, Cc)
             dC = torch.einsum("bgij,bjgn->bign", dG, Bc)
             dstate_in = None
             if state is not None:
-                dread = s.exp()[..., None].to(u.dtype) * dyc
-                dC = dC + torch.einsum("bigrp,bgnrp->bign", dread, state.to(u.dtype))
-                dstate_in = torch.einsum("bign,bigrp->bgnrp", Cc, dread).to(s.dtype)
+                dread = from_start * dyc
+                dC = dC + torch.einsum("bigrp,bgrpn->bign", dread, state.to(x.dtype))
+                dstate_in = torch.einsum("bigrp,bign->bgrpn", dread, Cc).to(s.dtype)
             if dstate is not None:
-                to_end = (s[:, -1:] - s).exp()[..., None].to(u.dtype)
-                du = du + to_end * torch.einsum("bjgn,bgnrp->bjgrp", Bc, dstate.to(u.dtype))
-                dB = dB + torch.einsum("bjgrp,bgnrp->bjgn", to_end * uc, dstate.to(u.dtype))
-            # s_i scales all that y_i reads, -s_j all that is read of u_j, s_last the state that leaves
-            ds = (dyc.to(s.dtype) * yc).sum(-1) - (du.to(s.dtype) * uc).sum(-1)
+                du = torch.addcmul(du, to_end, torch.einsum("bjgn,bgrpn->bjgrp", Bc, dstate.to(x.dtype)))
+                dB = dB + torch.einsum("bjgrp,bgrpn->bjgn", to_end * u, dstate.to(x.dtype))
+            dx, ddt = du * dtc[..., None].to(x.dtype), (du.to(s.dtype) * xc).sum(-1)
+            if D is not None:
+                dx.addcmul_(D.to(x.dtype)[..., None], dyc)
+                dD += (dyc.to(s.dtype) * xc).sum((0, 1, 4))
+            # s_i scales all that y_i reads, -s_j all that is read of u_j (D's share of dy y and dx x cancels), s_last the
+            # state that leaves
+            ds = (dyc.to(s.dtype) * yc).sum(-1) - (dx.to(s.dtype) * xc).sum(-1)
             if dstate is not None:
-                ds[:, -1] += (dstate * state_out).sum((2, 4))
+                ds[:, -1] += (dstate * state_out).sum((3, 4))
                 if dstate_in is not None:
-                    dstate_in += s[:, -1].exp()[:, :, None, :, None] * dstate
+                    dstate_in.addcmul_(s[..., -1].exp()[..., None, None], dstate)
             dstate = dstate_in
-            gradients.append((du, ds.flip(1).cumsum(1).flip(1), dB, dC))
-        du, ddecay, dB, dC = (torch.cat(parts[::-1], dim=1) for parts in zip(*gradients))
-        return du, ddecay, dB, dC, None
+            ddecay = ds.flip(1).cumsum(1).flip(1)
+            dA += (dtc * ddecay).sum((0, 1))
+            gradients.append((dx, ddt + A * ddecay, dB, dC))
+        dx, ddt, dB, dC = (torch.cat(parts[::-1], dim=1) for parts in zip(*gradients))
+        return dx, ddt, dA, dB, dC, dD, None
 
 
 # Optional kernels: mamba-ssm (https://github.com/state-spaces/mamba) and flash-attn. Both are written for CUDA;
@@ -804,7 +818,6 @@ class T2MD(ModelMixin, ConfigMixin):
         own = {k: v for k, v in model.state_dict().items() if fresh(k)}
         model.load_state_dict({**{k: v for k, v in state.items() if not fresh(k)}, **own})
         return model
-
 
     @classmethod
     def from_attention(cls, path_or_repo, pattern, **overrides):

@@ -27,7 +27,6 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
-import ctypes
 import datetime
 import functools
 import glob
@@ -62,7 +61,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from sample import RANK, WORLD, component_path, encode_first, generate, load_denoiser, load_parts, noise_for, pad_features, read_prompts, seconds, size_conditions
+from sample import RANK, WORLD, component_path, encode_first, generate, keep_freed_memory, load_denoiser, load_parts, noise_for, pad_features, read_prompts, seconds, size_conditions
 from t2md import T2MD, VAE, LocalEnhancement, MambaMixer, PaddingTokens, TextEncoder, forcing_loss, kd_loss, mse_loss, predict_noise
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -273,7 +272,8 @@ def score_shapes(image, record):
 # ----------------------------------------------------------------------------------------------------------
 
 # steps; batch_size (images of base size; larger images come in batches smaller by their area); lr, and new_lr for the
-# layers that meet something new, where it differs (Mamba layers in kd, in adapt what reads and writes latents and text); clip (gradient norm); sizes {multiple of the base size: share of the batches};
+# layers that meet something new, where it differs (Mamba layers in kd, in adapt what reads and writes latents and text);
+# clip (gradient norm); sizes {multiple of the base size: share of the batches};
 # decay (share of the steps over which the rate falls to zero); timesteps (see ShapesData.batch); pictures (of the
 # shapes world: how many are drawn and encoded, per size); save_every
 PIXART = dict(batch_size=256, lr=2e-5, clip=0.01, weight_decay=0.03, eps=1e-10, betas=(0.9, 0.999), warmup=1000, decay=0.0,
@@ -1085,6 +1085,11 @@ def adapted_component(name, args):
     return shipped if os.path.isdir(shipped) and not own_teacher else make_component(f"{name}_adapt", args)
 
 
+def noise_schedule(model):
+    """diffusers' forward process (equation 1) on the 1000-step schedule that a model's config names."""
+    return DDPMScheduler(1000, beta_start=1e-4, beta_end=2e-2, beta_schedule=model.config.beta_schedule)
+
+
 def stage_terms(stage, model, teacher, schedule, batch, backward, kd_weights=(0.5, 0.2), **conditions):
     """One step's forward and backward pass on a batch of Data -> {name: detached term}. kd_weights: of L_soft and L_mixer;
     conditions: `size_conditions`."""
@@ -1125,7 +1130,7 @@ def run_stage(stage, args):
         module.requires_grad_(True)
     vae, text_encoder = load_parts(model, folder, args.device)
     teacher = load_denoiser(teacher_folder(args), args.device) if stage in ("forcing", "kd") else None
-    schedule = DDPMScheduler(1000, beta_start=1e-4, beta_end=2e-2, beta_schedule=model.config.beta_schedule)
+    schedule = noise_schedule(model)
     sizes, shares, base = list(plan["sizes"]), list(plan["sizes"].values()), config["base_pixels"]
     kept = os.path.join(args.out, "cache")
     if args.data == "shapes":
@@ -1209,7 +1214,7 @@ def relative_errors(student, teacher, vae, text_encoder, records, pixels, seed):
     """How far a student is from its teacher, without a detector: ||student - teacher||^2 / ||teacher||^2 of the predicted noise
     and of each block's mixer output, each model on its own hidden states, on pictures of `records` at timesteps spread over
     all of them -> {"noise": float, "mixers": [float]}."""
-    schedule, totals = DDPMScheduler(1000, beta_start=1e-4, beta_end=2e-2, beta_schedule=teacher.config.beta_schedule), []
+    schedule, totals = noise_schedule(teacher), []
     for start in range(0, len(records), 16):
         chunk = range(start, min(start + 16, len(records)))
         mean, _ = vae.moments(to_pixels([draw_shapes(records[k], pixels, np.random.default_rng([seed, k])) for k in chunk]))
@@ -1339,7 +1344,7 @@ def run_figures(args):
     vae, text_encoder = load_parts(model, folder, args.device)
     records = heldout_records(12, args.seed)
     mean, _ = vae.moments(to_pixels([draw_shapes(record, pixels, np.random.default_rng([args.seed, k])) for k, record in enumerate(records)]))
-    schedule = DDPMScheduler(1000, beta_start=1e-4, beta_end=2e-2, beta_schedule=model.config.beta_schedule)
+    schedule = noise_schedule(model)
     noise, t = torch.cat([noise_for(args.seed + k, *mean.shape[1:]) for k in range(len(records))]), torch.full((len(records),), 500)
     text, mask = text_encoder([record["prompt"] for record in records])
     with torch.no_grad():
@@ -1383,10 +1388,10 @@ def run_benchmark(args):
     for module in trainable(args.stage, student):
         module.requires_grad_(True)
     side, batch = (args.size or [config["base_pixels"]])[0], plan["batch_size"]
-    normal = functools.partial(torch.randn, device=args.device)
-    z_t, t = normal(batch, student.config.in_channels, side // 8, side // 8), torch.full((batch,), 500, device=args.device)
+    normal, latent = functools.partial(torch.randn, device=args.device), student.config.sample_size * side // config["base_pixels"]
+    z_t, t = normal(batch, student.config.in_channels, latent, latent), torch.full((batch,), 500, device=args.device)
     text, mask = normal(batch, 20, student.config.caption_width), torch.ones(batch, 20, dtype=torch.long, device=args.device)
-    given, grid, inputs = (z_t, t, text, mask), [side // 8 // student.config.patch_size] * 2, []
+    given, grid, inputs = (z_t, t, text, mask), [latent // student.config.patch_size] * 2, []
     conditions = size_conditions(student, side, side, batch)
     with torch.no_grad():
         predict_noise(teacher, *given, lambda n, x, y: inputs.append((student.blocks[n].mixer, x)), **conditions)
@@ -1475,11 +1480,7 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
-def keep_freed_memory():
-    """Tell glibc to keep what tensors free: handing it back costs page faults, a sixth of a step on a CPU."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its highest
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+COMMANDS = {"eval": run_eval, "data": run_data, "ablate": run_ablate, "figures": run_figures}  # --stage, what trains no stage
 
 
 def parse_arguments(argv=None):
@@ -1489,7 +1490,7 @@ def parse_arguments(argv=None):
             epilog.append(f"  {config:7} {stage:13}" + ", ".join(f"{k} {v}" for k, v in plan.items()))
     parser = argparse.ArgumentParser(description=__doc__, epilog="\n".join(epilog),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", required=True, choices=(*CHAIN, "all", "eval", "data", "ablate", "figures"),
+    parser.add_argument("--stage", required=True, choices=(*CHAIN, "all", *COMMANDS),
                         help="what to run; what it starts from is run first if it is missing")
     parser.add_argument("--config", default="shapes", choices=CONFIGS,
                         help="shapes, the embedded world (default), or t2md, the paper's model from PixArt-alpha")
@@ -1543,9 +1544,6 @@ def parse_arguments(argv=None):
     args.out = args.out or CONFIGS[args.config]["out"]
     args.pattern = args.pattern or CONFIGS[args.config]["pattern"]
     return args
-
-
-COMMANDS = {"eval": run_eval, "data": run_data, "ablate": run_ablate, "figures": run_figures}  # --stage, what trains no stage
 
 
 def main():
