@@ -505,7 +505,12 @@ def attention(q, k, v, heads, mask=None):
 
 
 class Attention(nn.Module):
-    """Self-attention (mixer `S`) or, given the keys and values of a text, cross-attention; diffusers' names."""
+    """Self-attention (mixer `S`) or, given the keys and values of a text, cross-attention; diffusers' names.
+
+    Attributes: float32, False; True keeps softmax(q k^T) v out of autocast, as PixArt does in training's self-attention.
+    """
+
+    float32 = False
 
     def __init__(self, width, heads):
         super().__init__()
@@ -517,7 +522,12 @@ class Attention(nn.Module):
         return self.to_k(source), self.to_v(source)
 
     def forward(self, x, grid=None, keys_values=None, mask=None):
-        return self.to_out[0](attention(self.to_q(x), *(keys_values or self.keys_values(x)), self.heads, mask))
+        qkv = self.to_q(x), *(keys_values or self.keys_values(x))
+        if not self.float32:
+            return self.to_out[0](attention(*qkv, self.heads, mask))
+        with torch.autocast(x.device.type, enabled=False):
+            mixed = attention(*(v.float() for v in qkv), self.heads, mask)
+        return self.to_out[0](mixed.to(qkv[0].dtype))
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, PixArtAlphaPipeline, PixArtTransformer2DModel
+from diffusers import AutoencoderKL, PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel
 from PIL import Image
 from transformers import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
@@ -634,13 +634,14 @@ def components(tmp_path_factory):
     return str(folder)
 
 
-@pytest.mark.parametrize("pattern, out_channels, schedule", [("SHW", 4, "scaled_linear"), ("SS", 8, "linear")])
-def test_diffusers_pipeline_gives_our_latents(components, pattern, out_channels, schedule):
+@pytest.mark.parametrize("pipeline_class, pattern, out_channels, schedule", [
+    (PixArtAlphaPipeline, "SHW", 4, "scaled_linear"), (PixArtAlphaPipeline, "SS", 8, "linear"), (PixArtSigmaPipeline, "SHW", 4, "scaled_linear")])
+def test_diffusers_pipeline_gives_our_latents(components, pipeline_class, pattern, out_channels, schedule):
     torch.manual_seed(0)
     model = shuffled(T2MD(pattern=pattern, beta_schedule=schedule, **TINY | dict(caption_width=64, out_channels=out_channels))).eval()
     text_encoder, vae = TextEncoder(components), VAE(components)
-    pipeline = PixArtAlphaPipeline(tokenizer=text_encoder.tokenizer, text_encoder=text_encoder.model, vae=vae.model,
-                                   transformer=model, scheduler=sample.make_scheduler(schedule))
+    pipeline = pipeline_class(tokenizer=text_encoder.tokenizer, text_encoder=text_encoder.model, vae=vae.model,
+                              transformer=model, scheduler=sample.make_scheduler(schedule))
     pipeline.set_progress_bar_config(disable=True)
     prompts, noise = ["a photo of a red star", "a photo of two circles"], torch.cat([sample.noise_for(s, 4, 16, 16) for s in (1, 2)])
     how = dict(num_inference_steps=5, guidance_scale=3.0, use_resolution_binning=False, clean_caption=False, latents=noise.clone())
@@ -966,7 +967,8 @@ def test_with_a_cache_the_text_encoder_is_gone_before_training(chain, tmp_path, 
 
 
 def test_hires_at_full_size(chain, tmp_path, monkeypatch):
-    """hires1 at 1024 x 1024 and 1344 x 768, hires2 at 2048 x 2048 and 2688 x 1536: every token, of a narrow model."""
+    """hires1 at 1024 x 1024 and 1344 x 768, hires2 at 2048 x 2048 and 2688 x 1536: every token, of a narrow model; in bfloat16,
+    with self-attention in float32."""
     (tmp_path / "folder").mkdir()
     for name, size in (("wide", (2700, 1540)), ("square", (2100, 2100))):
         Image.new("RGB", size, "skyblue").save(tmp_path / "folder" / f"{name}.png")
@@ -976,13 +978,15 @@ def test_hires_at_full_size(chain, tmp_path, monkeypatch):
     model = T2MD(pattern="SHW", beta_schedule="scaled_linear", **TINY | dict(caption_width=64, sample_size=64), **parts)
     seen, predict_noise = [], train.predict_noise
     monkeypatch.setattr(train, "predict_noise", lambda model, z_t, *a, **k: (seen.append(tuple(z_t.shape[-2:])), predict_noise(model, z_t, *a, **k))[1])
+    types, attention = set(), t2md.attention
+    monkeypatch.setattr(t2md, "attention", lambda q, k, v, *rest: (types.add((q.shape == k.shape, q.dtype)), attention(q, k, v, *rest))[1])
     for stage, before, latents in (("hires1", "adapt", [(96, 168), (128, 128)]), ("hires2", "hires1", [(192, 336), (256, 256)])):
         model.save_pretrained(tmp_path / "out" / before)
         torch.save(dict(step=1, steps=1), tmp_path / "out" / before / "training_state.pt")
         seen.clear()
         train.run_stage(stage, train.parse_arguments(["--stage", stage, "--config", "t2md", "--data", str(tmp_path / "folder"), "--examples", "0",
-                                                      "--steps", "2", "--batch-size", "4", "--out", str(tmp_path / "out")]))
-        assert sorted(seen) == latents
+                                                      "--steps", "2", "--batch-size", "4", "--dtype", "bfloat16", "--out", str(tmp_path / "out")]))
+        assert sorted(seen) == latents and types == {(True, torch.float32), (False, torch.bfloat16)}
         log = [json.loads(line) for line in open(tmp_path / "out" / stage / "log.jsonl")]
         assert all(np.isfinite(line["mse"]) and not line["skipped"] for line in log)
 
@@ -1000,7 +1004,7 @@ def fingerprint(*folders):
 def chain(tmp_path_factory):
     """The whole path in miniature, from no weights at all: every stage a few steps."""
     out = str(tmp_path_factory.mktemp("chain"))
-    result = run("train.py", "--stage", "all", "--steps", "2", "--batch-size", "4", "--out", out)
+    result = run("train.py", "--stage", "all", "--steps", "2", "--batch-size", "4", "--examples", "3", "--out", out)
     assert result.returncode == 0, result.stderr
     return out
 
@@ -1014,7 +1018,8 @@ def test_the_chain_trains_what_it_should(chain):
         log = [json.loads(line) for line in open(os.path.join(chain, stage, "log.jsonl"))]
         assert [entry["step"] for entry in log] == [0, 1] and not any(entry["skipped"] for entry in log)
     for stage in train.CHAIN:
-        assert Image.open(os.path.join(chain, stage, "step-000002.png")).size == (12 * 128, 2 * 128)
+        rows = 3 if stage == "hires1" else 2  # it trains at two sizes
+        assert Image.open(os.path.join(chain, stage, "step-000002.png")).size == (3 * 128, rows * 128)
         config = json.load(open(os.path.join(chain, stage, "config.json")))
         adapted = stage in ("adapt", "hires1", "hires2")
         assert config["pattern"] == ("SSSSSSS" if stage == "teacher" else "SHWHWHW")
@@ -1022,6 +1027,8 @@ def test_the_chain_trains_what_it_should(chain):
         assert config["beta_schedule"] == ("scaled_linear" if adapted else "linear")
         assert config["vae"] == ("../vae_adapt" if adapted else "../vae")
         assert config["text_encoder"] == ("../text_encoder_adapt" if adapted else "../text_encoder")
+        model, larger = T2MD.from_pretrained(os.path.join(chain, stage)), {"hires1": 2, "hires2": 4}.get(stage, 1)
+        assert config["sample_size"] == 16 * larger and model.base / model.interpolation_scale == 8 and not model.conditioned_on_size
     teacher = T2MD.from_pretrained(os.path.join(chain, "teacher")).state_dict()
     weights = {stage: raw_weights(chain, stage) for stage in train.CHAIN}
     exported = {stage: T2MD.from_pretrained(os.path.join(chain, stage)).state_dict() for stage in train.CHAIN}

@@ -16,7 +16,7 @@
     hires2    hires1        everything                equation 8     4
 
 Each stage writes OUT/STAGE: config.json and safetensors (EMA weights, what sample.py and diffusers load),
-training_state.pt (what a restart needs), log.jsonl (a line a step) and pictures, teacher above student.
+training_state.pt (what a restart needs), log.jsonl (a line a step) and pictures: teacher above student, at each size.
 
 Sections: 1 the shapes world - 2 configurations - 3 data - 4 VAE and T5 of the shapes world - 5 training -
 6 evaluation - 7 command line.
@@ -62,7 +62,7 @@ from tqdm import tqdm
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from sample import RANK, WORLD, component_path, encode_first, generate, keep_freed_memory, load_denoiser, load_parts, noise_for, pad_features, read_prompts, seconds, size_conditions
-from t2md import T2MD, VAE, LocalEnhancement, MambaMixer, PaddingTokens, TextEncoder, forcing_loss, kd_loss, mse_loss, predict_noise
+from t2md import T2MD, VAE, Attention, LocalEnhancement, MambaMixer, PaddingTokens, TextEncoder, forcing_loss, kd_loss, mse_loss, predict_noise
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CHAIN = ("teacher", "forcing", "kd", "adapt", "hires1", "hires2")
@@ -282,7 +282,8 @@ TOY = dict(clip=1.0, weight_decay=0.0, eps=1e-8, betas=(0.9, 0.99), warmup=50, d
            pictures=20_000, save_every=500)
 CONFIGS = {
     "shapes": dict(
-        out="runs/shapes", teacher="assets/teacher", adapt={}, base_pixels=128, pattern="SHWHWHW", ema=0.9999, checkpointing=False,
+        out="runs/shapes", teacher="assets/teacher", adapt={}, base_pixels=128, pattern="SHWHWHW", ema=0.9999,
+        checkpointing=False, float32_attention=False,
         save_dtype=torch.float16,  # all weights shipped in assets/ stay under 20 MB; training goes on in float32
         model=dict(width=128, heads=4, caption_width=64, d_state=32, head_dim=32, chunk_size=32, sample_size=16),
         stages=dict(
@@ -292,13 +293,14 @@ CONFIGS = {
             forcing=TOY | dict(steps=1200, batch_size=16, lr=2e-2, warmup=10, pictures=5_000),
             kd=TOY | dict(steps=1200, batch_size=32, lr=4e-3, pictures=5_000),
             adapt=TOY | dict(steps=2500, batch_size=32, lr=4e-4, new_lr=4e-3, timesteps=(680, 220), pictures=8_000),
-            hires1=TOY | dict(steps=600, batch_size=32, lr=1e-3, timesteps=(740, 200), sizes={2: 0.8, 1: 0.2}, pictures=2_500),
-            hires2=TOY | dict(steps=300, batch_size=32, lr=5e-4, timesteps=(800, 180), sizes={4: 1.0}, pictures=600),
+            hires1=TOY | dict(steps=3500, batch_size=32, lr=1e-3, timesteps=(740, 200), sizes={2: 0.8, 1: 0.2}, pictures=2_500),
+            hires2=TOY | dict(steps=2400, batch_size=32, lr=5e-4, timesteps=(800, 180), sizes={4: 1.0}, pictures=600),
         ),
     ),
     "t2md": dict(  # the paper's; its optimiser is not given, so PixArt-alpha's own is used
         out="runs/t2md", teacher="PixArt-alpha/PixArt-XL-2-512x512", base_pixels=512, pattern="SHWHWHW" * 4, ema=0.9999,
-        adapt=dict(vae="stabilityai/sdxl-vae", text_encoder="google/flan-t5-xxl"), checkpointing=True, save_dtype=torch.float32,
+        adapt=dict(vae="stabilityai/sdxl-vae", text_encoder="google/flan-t5-xxl"), checkpointing=True,
+        float32_attention=True, save_dtype=torch.float32,
         stages=dict(
             forcing=PIXART | dict(steps=20_000, lr=1e-4, clip=1.0),
             kd=PIXART | dict(steps=180_000, new_lr=1e-4, clip=0.1),
@@ -857,7 +859,9 @@ def save_model(model, folder, dtype=torch.float32):
     temporary = folder.rstrip("/") + ".tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        copy.deepcopy(model)._apply(lambda w: w.to(dtype)).save_pretrained(temporary)
+        if any(w.dtype != dtype for w in model.parameters()):
+            model = copy.deepcopy(model)._apply(lambda w: w.to(dtype))
+        model.save_pretrained(temporary)
     except SafetensorError as error:
         raise OSError(f"{folder} could not be written ({error}); what was there is as it was") from error
     os.makedirs(folder, exist_ok=True)
@@ -1070,6 +1074,9 @@ def start_model(stage, args, folder):
             model = T2MD.from_pixart(before, **overrides)
         if stage == "kd" and args.init == "scratch":
             model = T2MD.from_config(model.config)
+        if stage in ("hires1", "hires2"):  # sampled at twice the size unless told otherwise; at the same coordinates
+            model.register_to_config(sample_size=2 * model.config.sample_size, interpolation_scale=2 * model.interpolation_scale,
+                                     use_additional_conditions=model.conditioned_on_size)
         parts = parts or {name: component_path(before, model.config[name]) for name in ("vae", "text_encoder")}
     parts |= {name: path for name in parts if stage == args.stage and (path := getattr(args, name))}
     model.register_to_config(**{name: os.path.relpath(path, folder) if os.path.isdir(path) else path for name, path in parts.items()})
@@ -1130,6 +1137,9 @@ def run_stage(stage, args):
         module.requires_grad_(True)
     vae, text_encoder = load_parts(model, folder, args.device)
     teacher = load_denoiser(teacher_folder(args), args.device) if stage in ("forcing", "kd") else None
+    for block in (*model.blocks, *(teacher.blocks if teacher else ())):
+        if isinstance(block.mixer, Attention):
+            block.mixer.float32 = config["float32_attention"]
     schedule = noise_schedule(model)
     sizes, shares, base = list(plan["sizes"]), list(plan["sizes"].values()), config["base_pixels"]
     kept = os.path.join(args.out, "cache")
@@ -1164,7 +1174,8 @@ def run_stage(stage, args):
         return sample_records(original, *parts, examples, base)
 
     def show(path):
-        grid = side_by_side(upper_row(), sample_records(model, vae, text_encoder, examples, base))
+        rows = [upper_row(), *(sample_records(model, vae, text_encoder, examples, m * base) for m in sorted(data))]
+        grid = side_by_side(*([image.resize((base, base), Image.BOX) for image in row] for row in rows))
         write_atomically(path, lambda path: grid.save(path, format="PNG"))
 
     fit(stage, folder, model, loss_terms, plan, args, lambda folder: save_model(model, folder, config["save_dtype"]),
@@ -1440,30 +1451,31 @@ def run_data(args):
 
 
 def run_eval(args):
-    """Score checkpoints beside each other, at each --size, on held-out records or --prompts; prints a table, writes OUT/eval.json
-    and OUT/eval.png, a row of pictures for each and, with --zero-shot, one more of the last at that size."""
+    """Score checkpoints beside each other, each at the size it was last trained at, or at every --size, on held-out records or
+    --prompts; prints a table, writes OUT/eval.json and OUT/eval.png: a row of pictures for each and, with --zero-shot, one
+    more of the last at that size."""
     made = [os.path.join(args.out, stage) for stage in CHAIN]
-    shipped = [os.path.join(HERE, "assets", name) for name in ("teacher", "student")]
+    shipped = [os.path.join(HERE, "assets", name) for name in ("teacher", "student_kd", "student")]
     folders = args.model or [f for f in (*shipped, *made) if os.path.exists(os.path.join(f, "config.json"))]
     if not folders:
         raise ValueError(f"there is no checkpoint to score in {args.out}; name one with --model")
     records = read_prompts(args.prompts) if args.prompts else heldout_records(args.records, args.seed)
     if not all(r.get("tag") in TAGS and r.get("include") for r in records):
         raise ValueError(f"{args.prompts} must hold GenEval-format records: each with a tag of {', '.join(TAGS)}, and include")
-    sizes, results, rows = args.size or [CONFIGS[args.config]["base_pixels"]], {}, []
+    results, rows, side = {}, [], CONFIGS[args.config]["base_pixels"]
     print(f"{len(records)} records, 20 steps, guidance 4.5, seed {args.seed}")
     print("".join(f"{name:>14}" for name in (*TAGS, "overall")) + "  pixels  model")
     for folder in folders:
         model = load_denoiser(folder, args.device)
         parts = load_parts(model, folder, args.device)
-        for pixels in sizes:
+        for pixels in args.size or [model.config.sample_size * parts[0].factor]:
             images = sample_records(model, *parts, records, pixels, args.seed, upscale=args.upscale)
             scores = results.setdefault(folder, {})[pixels] = evaluate(images, records)
             print("".join(f"{scores.get(name, float('nan')):14.3f}" for name in (*TAGS, "overall")) + f"  {pixels:6}  {folder}", flush=True)
             rows.append(images[:12])
     if args.zero_shot:
         rows.append(sample_records(model, *parts, records[:12], args.zero_shot, args.seed, upscale=args.upscale))
-    rows = [[image.resize((sizes[0], sizes[0]), Image.BOX) for image in row] for row in rows]
+    rows = [[image.resize((side, side), Image.BOX) for image in row] for row in rows]
     write_atomically(os.path.join(args.out, "eval.json"), lambda path: open(path, "w").write(json.dumps(results, indent=1)))
     write_atomically(os.path.join(args.out, "eval.png"), lambda path: side_by_side(*rows).save(path, format="PNG"))
 
@@ -1532,8 +1544,8 @@ def parse_arguments(argv=None):
     evaluation.add_argument("--model", nargs="+", help="checkpoints to score (default: all there are)")
     evaluation.add_argument("--prompts", help="GenEval-format metadata .jsonl (default: held-out records)")
     evaluation.add_argument("--records", type=int, default=552, help="how many held-out records (default 552, 92 of each kind)")
-    evaluation.add_argument("--size", type=int, nargs="+", help="pixels of the scored pictures; the first also of the buckets of --stage data "
-                            "and of --benchmark (default: the base size)")
+    evaluation.add_argument("--size", type=int, nargs="+", help="pixels of the scored pictures (default: the size each model was last "
+                            "trained at); the first also of the buckets of --stage data and of --benchmark (default: the base size)")
     evaluation.add_argument("--upscale", type=int, default=1, metavar="M", help="sample with upsample guidance, at M times a known size")
     evaluation.add_argument("--zero-shot", type=int, metavar="PIXELS",
                             help="adds pictures of the last model at this size to OUT/eval.png")
