@@ -1374,7 +1374,7 @@ SHIPPED = os.path.join(HERE, "assets")
 def test_shipped_weights_are_small_and_whole():
     size = sum(os.path.getsize(os.path.join(folder, name)) for folder, _, names in os.walk(SHIPPED) for name in names)
     assert size <= 20 * 2**20
-    for name in ("teacher", "student"):
+    for name in ("teacher", "student_kd", "student"):
         model = sample.load_denoiser(os.path.join(SHIPPED, name))
         vae, text_encoder = sample.load_parts(model, os.path.join(SHIPPED, name))
         assert all(torch.isfinite(p).all() for p in model.parameters()) and vae.channels == 4 and text_encoder.width == 64
