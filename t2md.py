@@ -383,7 +383,7 @@ class Mamba2(nn.Module):
     Parameter names and shapes are those of mamba-ssm's `Mamba2` and transformers' `Mamba2Mixer`, so that
     weights move between them unchanged.
 
-    Args: width d; d_state N; expand (inner width = expand * d); head_dim P; d_conv; n_groups; chunk_size.
+    Args: width d; d_state N; expand (inner width = expand * d); head_dim P; d_conv; n_groups; chunk_size (on a GPU).
     Raises ValueError if the inner width is no multiple of head_dim or the heads no multiple of n_groups.
     """
 
@@ -643,8 +643,9 @@ class T2MD(ModelMixin, ConfigMixin):
         caption_width: width of the text encoder's features.
         d_state, expand, head_dim, d_conv, n_groups, chunk_size: Mamba-2's (N, expansion, P, ...).
         pos_embed: "centered" (any size, zero-shot resolution) or "pixart" (the teacher's index grid).
-        sample_size: latent side of the base resolution (64 -> 512 px with an 8x VAE).
-        interpolation_scale: of the index grid; diffusers' default, max(sample_size // 64, 1), if None.
+        sample_size: latent side it was last trained at (64 -> 512 px with an 8x VAE) and is sampled at by default.
+        interpolation_scale: coordinates run over sample_size / patch_size / interpolation_scale, so a size twice as large
+            with twice the scale has the same ones; diffusers' default, max(sample_size // 64, 1), if None.
         use_additional_conditions: PixArt 1024's size and aspect embeddings; True at sample_size 128 if None.
         beta_schedule: "linear" (teacher) or "scaled_linear" (quadratic, after adaptation), for the sampler.
         padding_tokens, local_enhancement: DiM's, off in T2MD; see `PaddingTokens` and `LocalEnhancement`.

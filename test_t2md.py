@@ -1404,4 +1404,4 @@ def test_readme_sample_command(tmp_path):
     assert command in open(os.path.join(HERE, "README.md")).read()
     result = run("sample.py", "a photo of a red circle and a blue square", "--out", str(tmp_path))
     assert result.returncode == 0, result.stderr
-    assert Image.open(result.stdout.strip()).size == (128, 128)
+    assert Image.open(result.stdout.strip()).size == (512, 512)

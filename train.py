@@ -291,10 +291,10 @@ CONFIGS = {
             text_encoder=TOY | dict(steps=1500, batch_size=128, lr=2e-3, muon=False),
             teacher=TOY | dict(steps=7500, batch_size=64, lr=4e-3, decay=0.6, timesteps=(580, 230)),
             forcing=TOY | dict(steps=1200, batch_size=16, lr=2e-2, warmup=10, pictures=5_000),
-            kd=TOY | dict(steps=1200, batch_size=32, lr=4e-3, pictures=5_000),
+            kd=TOY | dict(steps=1100, batch_size=32, lr=4e-3, pictures=5_000),
             adapt=TOY | dict(steps=2500, batch_size=32, lr=4e-4, new_lr=4e-3, timesteps=(680, 220), pictures=8_000),
             hires1=TOY | dict(steps=3500, batch_size=32, lr=1e-3, timesteps=(740, 200), sizes={2: 0.8, 1: 0.2}, pictures=2_500),
-            hires2=TOY | dict(steps=2400, batch_size=32, lr=5e-4, timesteps=(800, 180), sizes={4: 1.0}, pictures=600),
+            hires2=TOY | dict(steps=6000, batch_size=32, lr=1e-3, timesteps=(800, 180), sizes={4: 1.0}, pictures=2_000),
         ),
     ),
     "t2md": dict(  # the paper's; its optimiser is not given, so PixArt-alpha's own is used
@@ -1350,9 +1350,10 @@ def line_chart(path, lines, title, size=(640, 400)):
 def run_figures(args):
     """OUT/field.png, the receptive fields of a student's W, H, W then H, and S mixers; and, once --stage ablate has run,
     OUT/depth.png, its mixers' errors by depth with and without teacher forcing."""
-    folder, pixels = (args.model or [os.path.join(HERE, "assets", "student")])[0], (args.size or [2 * CONFIGS[args.config]["base_pixels"]])[0]
-    model, inputs = load_denoiser(folder, args.device), []
+    folder, inputs = (args.model or [os.path.join(HERE, "assets", "student")])[0], []
+    model = load_denoiser(folder, args.device)
     vae, text_encoder = load_parts(model, folder, args.device)
+    pixels = (args.size or [model.config.sample_size * vae.factor])[0]
     records = heldout_records(12, args.seed)
     mean, _ = vae.moments(to_pixels([draw_shapes(record, pixels, np.random.default_rng([args.seed, k])) for k, record in enumerate(records)]))
     schedule = noise_schedule(model)
