@@ -923,7 +923,7 @@ def test_training_on_a_folder_and_looking_at_it(chain, tmp_path):
     assert looked.returncode == 0 and "9 images in 2 buckets" in looked.stdout and "6 skipped" in looked.stdout, looked.stderr
     assert Image.open(tmp_path / "out" / "data.png").size[0] == 6 * 192
     result = call("train.py", "--stage", "forcing", "--data", str(tmp_path / "folder"), "--steps", "3", "--batch-size", "2", "--examples", "0",
-                 "--teacher", os.path.join(chain, "teacher"), "--out", str(tmp_path / "out"))
+                  "--teacher", os.path.join(chain, "teacher"), "--out", str(tmp_path / "out"))
     assert result.returncode == 0 and "no such file" in result.stdout, result.stderr
     assert len(open(tmp_path / "out" / "forcing" / "log.jsonl").readlines()) == 3
     cached = ["train.py", "--data", str(tmp_path / "folder"), "--batch-size", "2", "--teacher", os.path.join(chain, "teacher"), "--examples", "0",
