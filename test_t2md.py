@@ -586,6 +586,25 @@ def test_what_is_new_learns_at_its_own_rate(pair):
     assert train.new_modules("adapt", student) == [student.patch_embed, student.caption_projection, student.proj_out]
 
 
+def test_the_shapes_world_weighs_errors_by_their_noise(pair):
+    """By 1 / sqrt(SNR), in [1, 8]; the SNR of a shape grows with its area and amplitude. The paper's config does not."""
+    student, x = copy.deepcopy(pair[1]).requires_grad_(False), inputs()
+    batch = dict(z0=x["z"], noise=torch.randn_like(x["z"]), t=torch.tensor([300, 900]), text=x["text"], mask=x["mask"])
+    schedule, losses = train.noise_schedule(student), []
+    for signal in (None, 1.0, 0.5):
+        train.stage_terms("adapt", student, None, schedule, batch, losses.append, signal=signal)
+    z_t = schedule.add_noise(batch["z0"], batch["noise"], batch["t"])
+    errors = (t2md.predict_noise(student, z_t, batch["t"], batch["text"], batch["mask"]) - batch["noise"]).square().mean((1, 2, 3))
+    alpha_bar = schedule.alphas_cumprod[batch["t"]]
+    for loss, signal in zip(losses[1:], (1.0, 0.5)):
+        snr = signal**2 * alpha_bar / (1 - alpha_bar)
+        weights = torch.tensor([min(max(float(r) ** -0.5, 1.0), 8.0) for r in snr])
+        assert torch.allclose(loss, (weights * errors).mean(), rtol=1e-5)
+    assert torch.allclose(losses[0], errors.mean(), rtol=1e-5) and losses[0] < losses[1] < losses[2]
+    weighed = {config: {plan["snr_weight"] for plan in train.CONFIGS[config]["stages"].values()} for config in train.CONFIGS}
+    assert weighed == dict(shapes={True}, t2md={False})
+
+
 @pytest.mark.parametrize("stage", ["forcing", "kd", "adapt"])
 def test_training_hands_size_conditions_to_weights_that_want_them(tmp_path, stage):
     shuffled(pixart(128)).save_pretrained(tmp_path)
@@ -940,6 +959,10 @@ def test_training_on_a_folder_and_looking_at_it(chain, tmp_path):
             train.run_stage("kd", train.parse_arguments([*cached[1:], "--stage", "kd", "--steps", "4", *other]))
     with pytest.raises(ValueError, match="another pixels"):
         train.claim_cache(str(tmp_path / "features"), VAE(os.path.join(chain, "vae")), TextEncoder(os.path.join(chain, "text_encoder")), [256])
+    rescaled = VAE(os.path.join(chain, "vae"))
+    rescaled.model.register_to_config(scaling_factor=0.5)
+    with pytest.raises(ValueError, match="another vae"):
+        train.claim_cache(str(tmp_path / "features"), rescaled, TextEncoder(os.path.join(chain, "text_encoder")), [128])
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "metadata.jsonl").write_text('{"file_name": "absent.png", "text": "a"}\n')
     for source, why in ((tmp_path / "empty", "no usable image"), (tmp_path / "nothing", "neither shapes, nor a folder"), (tmp_path, "without metadata.jsonl")):

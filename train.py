@@ -275,11 +275,11 @@ def score_shapes(image, record):
 # layers that meet something new, where it differs (Mamba layers in kd, in adapt what reads and writes latents and text);
 # clip (gradient norm); sizes {multiple of the base size: share of the batches};
 # decay (share of the steps over which the rate falls to zero); timesteps (see ShapesData.batch); pictures (of the
-# shapes world: how many are drawn and encoded, per size); save_every
+# shapes world: how many are drawn and encoded, per size); snr_weight (see stage_terms); save_every
 PIXART = dict(batch_size=256, lr=2e-5, clip=0.01, weight_decay=0.03, eps=1e-10, betas=(0.9, 0.999), warmup=1000, decay=0.0,
-              muon=False, sizes={1: 1.0}, pictures=20_000, save_every=1000)
-TOY = dict(clip=1.0, weight_decay=0.0, eps=1e-8, betas=(0.9, 0.99), warmup=50, decay=0.4, muon=True, sizes={1: 1.0},
-           pictures=20_000, save_every=500)
+              muon=False, snr_weight=False, sizes={1: 1.0}, pictures=20_000, save_every=1000)
+TOY = dict(clip=1.0, weight_decay=0.0, eps=1e-8, betas=(0.9, 0.99), warmup=50, decay=0.4, muon=True, snr_weight=True,
+           sizes={1: 1.0}, pictures=20_000, save_every=500)
 CONFIGS = {
     "shapes": dict(
         out="runs/shapes", teacher="assets/teacher", adapt={}, base_pixels=128, pattern="SHWHWHW", ema=0.9999,
@@ -292,9 +292,9 @@ CONFIGS = {
             teacher=TOY | dict(steps=7500, batch_size=64, lr=4e-3, decay=0.6, timesteps=(580, 230)),
             forcing=TOY | dict(steps=1200, batch_size=16, lr=2e-2, warmup=10, pictures=5_000),
             kd=TOY | dict(steps=1100, batch_size=32, lr=4e-3, pictures=5_000),
-            adapt=TOY | dict(steps=2500, batch_size=32, lr=4e-4, new_lr=4e-3, timesteps=(680, 220), pictures=8_000),
-            hires1=TOY | dict(steps=3500, batch_size=32, lr=1e-3, timesteps=(740, 200), sizes={2: 0.8, 1: 0.2}, pictures=2_500),
-            hires2=TOY | dict(steps=6000, batch_size=32, lr=1e-3, timesteps=(800, 180), sizes={4: 1.0}, pictures=2_000),
+            adapt=TOY | dict(steps=3000, batch_size=32, lr=2.5e-3, new_lr=4e-3, timesteps=(500, 230), pictures=8_000),
+            hires1=TOY | dict(steps=3000, batch_size=32, lr=1e-3, timesteps=(640, 240), sizes={2: 0.8, 1: 0.2}, pictures=2_500),
+            hires2=TOY | dict(steps=3300, batch_size=64, lr=7e-4, timesteps=(760, 220), sizes={4: 1.0}, pictures=2_000),
         ),
     ),
     "t2md": dict(  # the paper's; its optimiser is not given, so PixArt-alpha's own is used
@@ -607,8 +607,8 @@ class ImageData(Data):
 
 
 def weights_name(module):
-    """A short name of a network's weights: of every parameter's shape and up to 64 of its values."""
-    digest = hashlib.sha256()
+    """A short name of a network: of every parameter's shape and up to 64 of its values, and of a VAE's factors."""
+    digest = hashlib.sha256(repr([getattr(module.config, f"{name}_factor", None) for name in ("scaling", "shift")]).encode())
     for p in module.parameters():
         values = p.detach().flatten()[:: max(1, p.numel() // 64)].cpu().float().numpy()
         digest.update(f"{tuple(p.shape)}".encode() + values.tobytes())
@@ -985,6 +985,8 @@ def make_component(name, args):
         def export(folder):
             vae = copy.deepcopy(network)
             standardise(vae, args.seed)
+            if name == "vae_adapt":  # or at 512 px shapes would still show at the last step of the quadratic schedule
+                vae.register_to_config(scaling_factor=0.25)
             save_model(vae, folder, dtype)
 
         compute = lambda step, indices: vae_loss(network, name, step, indices, args.seed)
@@ -1097,23 +1099,28 @@ def noise_schedule(model):
     return DDPMScheduler(1000, beta_start=1e-4, beta_end=2e-2, beta_schedule=model.config.beta_schedule)
 
 
-def stage_terms(stage, model, teacher, schedule, batch, backward, kd_weights=(0.5, 0.2), **conditions):
-    """One step's forward and backward pass on a batch of Data -> {name: detached term}. kd_weights: of L_soft and L_mixer;
-    conditions: `size_conditions`."""
+def stage_terms(stage, model, teacher, schedule, batch, backward, kd_weights=(0.5, 0.2), signal=None, **conditions):
+    """One step's forward and backward pass on a batch of Data -> {name: detached term}.
+
+    kd_weights: of L_soft and L_mixer.  conditions: `size_conditions`.
+    signal: None, or not the paper's: equation 8 weighs each image's error by 1 / sqrt(SNR), cut to [1, 8], without which
+    what is where and which colour is whose is learned last; the SNR is signal^2 times the schedule's, because a shape of m
+    times the size stands out m times as well from the noise, and one of 1/4 of the amplitude 1/4 as well.
+    """
     t, noise, text, mask = batch["t"], batch["noise"], batch["text"], batch["mask"]
     z_t = schedule.add_noise(batch["z0"], noise, t)
     if stage == "forcing":
         return dict(forcing=forcing_loss(model, teacher, z_t, t, text, mask, backward, **conditions))
     if stage == "kd":
         loss, terms = kd_loss(model, teacher, z_t, t, text, mask, noise, *kd_weights, **conditions)
-    elif stage == "teacher":
-        # not the paper's: errors weigh 1 / sqrt(SNR), or what is where and which colour is whose is learned last
-        alpha_bar = schedule.alphas_cumprod.to(t.device)[t]
-        error = (predict_noise(model, z_t, t, text, mask, **conditions).float() - noise).square().mean((1, 2, 3))
-        loss, terms = ((alpha_bar / (1 - alpha_bar)).rsqrt().clamp(1.0, 8.0) * error).mean(), dict(mse=error.mean().detach())
     else:
-        loss = mse_loss(noise, predict_noise(model, z_t, t, text, mask, **conditions))
+        predicted = predict_noise(model, z_t, t, text, mask, **conditions)
+        loss = mse_loss(noise, predicted)
         terms = dict(mse=loss.detach())
+        if signal:
+            alpha_bar = schedule.alphas_cumprod.to(t.device)[t]
+            root = (signal**2 * alpha_bar / (1 - alpha_bar)).rsqrt().clamp(1.0, 8.0).sqrt()[:, None, None, None]
+            loss = mse_loss(root * noise, root * predicted)
     backward(loss)
     return terms
 
@@ -1159,7 +1166,7 @@ def run_stage(stage, args):
         batch = data[multiple[step]].batch(turn, indices, images(step), generators, plan.get("timesteps"))
         conditions = size_conditions(model, *(side * vae.factor for side in batch["z0"].shape[-2:]), len(indices))
         return stage_terms(stage, model, teacher, schedule, {k: v.to(args.device) for k, v in batch.items()}, backward,
-                           (args.soft_weight, args.mixer_weight), **conditions)
+                           (args.soft_weight, args.mixer_weight), vae.scale * multiple[step] if plan["snr_weight"] else None, **conditions)
 
     examples = heldout_records(args.examples, args.seed)
     if args.cache:  # the text encoder, by far the largest part at full size, leaves the device
