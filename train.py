@@ -292,9 +292,9 @@ CONFIGS = {
             teacher=TOY | dict(steps=7500, batch_size=64, lr=4e-3, decay=0.6, timesteps=(580, 230)),
             forcing=TOY | dict(steps=1200, batch_size=16, lr=2e-2, warmup=10, pictures=5_000),
             kd=TOY | dict(steps=1100, batch_size=32, lr=4e-3, pictures=5_000),
-            adapt=TOY | dict(steps=3000, batch_size=32, lr=2.5e-3, new_lr=4e-3, timesteps=(500, 230), pictures=8_000),
-            hires1=TOY | dict(steps=3000, batch_size=32, lr=1e-3, timesteps=(640, 240), sizes={2: 0.8, 1: 0.2}, pictures=2_500),
-            hires2=TOY | dict(steps=3300, batch_size=64, lr=7e-4, timesteps=(760, 220), sizes={4: 1.0}, pictures=2_000),
+            adapt=TOY | dict(steps=2500, batch_size=32, lr=1e-3, new_lr=4e-3, timesteps=(640, 240), pictures=8_000),
+            hires1=TOY | dict(steps=2500, batch_size=32, lr=1e-3, timesteps=(760, 220), sizes={2: 0.8, 1: 0.2}, pictures=2_500),
+            hires2=TOY | dict(steps=2000, batch_size=64, lr=1e-3, timesteps=(850, 180), sizes={4: 1.0}, pictures=2_000),
         ),
     ),
     "t2md": dict(  # the paper's; its optimiser is not given, so PixArt-alpha's own is used
@@ -986,7 +986,7 @@ def make_component(name, args):
             vae = copy.deepcopy(network)
             standardise(vae, args.seed)
             if name == "vae_adapt":  # or at 512 px shapes would still show at the last step of the quadratic schedule
-                vae.register_to_config(scaling_factor=0.25)
+                vae.register_to_config(scaling_factor=0.5)
             save_model(vae, folder, dtype)
 
         compute = lambda step, indices: vae_loss(network, name, step, indices, args.seed)
