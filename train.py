@@ -292,7 +292,7 @@ CONFIGS = {
             teacher=TOY | dict(steps=7500, batch_size=64, lr=4e-3, decay=0.6, timesteps=(580, 230)),
             forcing=TOY | dict(steps=1200, batch_size=16, lr=2e-2, warmup=10, pictures=5_000),
             kd=TOY | dict(steps=1100, batch_size=32, lr=4e-3, pictures=5_000),
-            adapt=TOY | dict(steps=2500, batch_size=32, lr=1e-3, new_lr=4e-3, timesteps=(640, 240), pictures=8_000),
+            adapt=TOY | dict(steps=2500, batch_size=32, lr=1e-3, new_lr=4e-3, warmup=400, timesteps=(640, 240), pictures=8_000),
             hires1=TOY | dict(steps=2500, batch_size=32, lr=1e-3, timesteps=(760, 220), sizes={2: 0.8, 1: 0.2}, pictures=2_500),
             hires2=TOY | dict(steps=2000, batch_size=64, lr=1e-3, timesteps=(850, 180), sizes={4: 1.0}, pictures=2_000),
         ),
