@@ -294,7 +294,7 @@ CONFIGS = {
             kd=TOY | dict(steps=1100, batch_size=32, lr=4e-3, pictures=5_000),
             adapt=TOY | dict(steps=2500, batch_size=32, lr=1e-3, new_lr=4e-3, warmup=400, timesteps=(640, 240), pictures=8_000),
             hires1=TOY | dict(steps=2500, batch_size=32, lr=1e-3, timesteps=(760, 220), sizes={2: 0.8, 1: 0.2}, pictures=2_500),
-            hires2=TOY | dict(steps=2000, batch_size=64, lr=1e-3, timesteps=(850, 180), sizes={4: 1.0}, pictures=2_000),
+            hires2=TOY | dict(steps=1200, batch_size=64, lr=1e-3, timesteps=(730, 230), sizes={4: 1.0}, pictures=2_000, snr_weight=False),
         ),
     ),
     "t2md": dict(  # the paper's; its optimiser is not given, so PixArt-alpha's own is used
