@@ -278,7 +278,7 @@ def score_shapes(image, record):
 # shapes world: how many are drawn and encoded, per size); snr_weight (see stage_terms); save_every
 PIXART = dict(batch_size=256, lr=2e-5, clip=0.01, weight_decay=0.03, eps=1e-10, betas=(0.9, 0.999), warmup=1000, decay=0.0,
               muon=False, snr_weight=False, sizes={1: 1.0}, pictures=20_000, save_every=1000)
-TOY = dict(clip=1.0, weight_decay=0.0, eps=1e-8, betas=(0.9, 0.99), warmup=50, decay=0.4, muon=True, snr_weight=True,
+TOY = dict(clip=1.0, weight_decay=0.0, eps=1e-8, betas=(0.9, 0.99), warmup=50, decay=0.4, muon=True, snr_weight=False,
            sizes={1: 1.0}, pictures=20_000, save_every=500)
 CONFIGS = {
     "shapes": dict(
@@ -289,12 +289,14 @@ CONFIGS = {
         stages=dict(
             vae=TOY | dict(steps=2500, batch_size=16, lr=2e-3, decay=0.5, muon=False),
             text_encoder=TOY | dict(steps=1500, batch_size=128, lr=2e-3, muon=False),
-            teacher=TOY | dict(steps=7500, batch_size=64, lr=4e-3, decay=0.6, timesteps=(580, 230)),
+            teacher=TOY | dict(steps=7500, batch_size=64, lr=4e-3, decay=0.6, timesteps=(580, 230), snr_weight=True),
             forcing=TOY | dict(steps=1200, batch_size=16, lr=2e-2, warmup=10, pictures=5_000),
             kd=TOY | dict(steps=1100, batch_size=32, lr=4e-3, pictures=5_000),
-            adapt=TOY | dict(steps=2500, batch_size=32, lr=1e-3, new_lr=4e-3, warmup=400, timesteps=(640, 240), pictures=8_000),
-            hires1=TOY | dict(steps=2500, batch_size=32, lr=1e-3, timesteps=(760, 220), sizes={2: 0.8, 1: 0.2}, pictures=2_500),
-            hires2=TOY | dict(steps=1200, batch_size=64, lr=1e-3, timesteps=(730, 230), sizes={4: 1.0}, pictures=2_000, snr_weight=False),
+            adapt=TOY | dict(steps=2500, batch_size=32, lr=1e-3, new_lr=4e-3, warmup=400, timesteps=(640, 240), pictures=8_000,
+                             snr_weight=True),
+            hires1=TOY | dict(steps=2500, batch_size=32, lr=1e-3, timesteps=(760, 220), sizes={2: 0.8, 1: 0.2}, pictures=2_500,
+                              snr_weight=True),
+            hires2=TOY | dict(steps=1200, batch_size=64, lr=1e-3, timesteps=(730, 230), sizes={4: 1.0}, pictures=2_000),
         ),
     ),
     "t2md": dict(  # the paper's; its optimiser is not given, so PixArt-alpha's own is used
