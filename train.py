@@ -370,7 +370,7 @@ class ShapesData(Data):
         draws = [np.random.default_rng([seed, pixels, k]) for k in range(count)]
         records = [training_record(rng) for rng in draws]
         self.prompts = [record["prompt"] for record in records]
-        path = os.path.join(folder, f"{pixels}px-{count}-seed{seed}-{weights_name(vae.model)}.safetensors")
+        path = os.path.join(folder, f"{pixels}px-{count}-seed{seed}-{fingerprint(vae.model)}.safetensors")
         with rank_zero_first():
             if not os.path.exists(path):
                 moments = []
@@ -608,7 +608,7 @@ class ImageData(Data):
         write_atomically(self.cached(kind, what), lambda path: save_file({k: v.half().cpu().contiguous() for k, v in tensors.items()}, path))
 
 
-def weights_name(module):
+def fingerprint(module):
     """A short name of a network: of every parameter's shape and up to 64 of its values, and of a VAE's factors."""
     digest = hashlib.sha256(repr([getattr(module.config, f"{name}_factor", None) for name in ("scaling", "shift")]).encode())
     for p in module.parameters():
@@ -622,7 +622,7 @@ def claim_cache(folder, vae, text_encoder, pixels):
 
     Raises ValueError, naming what differs, if it was made with another VAE, text encoder or size.
     """
-    ours = dict(vae=weights_name(vae.model), text_encoder=weights_name(text_encoder.model), pixels=sorted(pixels))
+    ours = dict(vae=fingerprint(vae.model), text_encoder=fingerprint(text_encoder.model), pixels=sorted(pixels))
     path = os.path.join(folder, "cache.json")
     with rank_zero_first():
         if not os.path.exists(path):
