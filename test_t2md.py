@@ -15,12 +15,14 @@ import json
 import os
 import resource
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
 import time
 import types
 import weakref
+import zlib
 from unittest import mock
 
 import numpy as np
@@ -914,6 +916,60 @@ def test_images_come_out_right_from_folders_and_shards(tmp_path):
     number, _ = folder.picture(half)
     assert number != half and folder.items[number][4] == folder.items[half][4]
     assert any("not decodable" in reason for reason in folder.skipped)
+
+
+def png_of(width, height):
+    """A valid PNG of one white pixel whose header claims width x height."""
+    buffer = io.BytesIO()
+    Image.new("L", (1, 1), 255).save(buffer, "PNG")
+    header = b"IHDR" + struct.pack(">II", width, height) + buffer.getvalue()[24:29]
+    return buffer.getvalue()[:12] + header + struct.pack(">I", zlib.crc32(header)) + buffer.getvalue()[33:]
+
+
+def test_bad_images_and_captions_are_skipped_and_counted(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in (tmp_path / "outside.png", folder / "good.png"):
+        Image.new("RGB", (128, 128), "red").save(name)
+    (folder / "point.png").write_bytes(png_of(1, 1))
+    (folder / "giant.png").write_bytes(png_of(30_000, 30_000))
+    (folder / "leads-out.png").symlink_to(tmp_path / "outside.png")
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    names = ["good.png", "point.png", "giant.png", "../outside.png", str(tmp_path / "outside.png"), "leads-out.png", "loop.png"]
+    lines = [json.dumps({"file_name": name, "text": "a star"}).encode() for name in names]
+    lines.append(json.dumps({"file_name": "good.png", "text": "\u00e9toile"}, ensure_ascii=False).encode("latin-1"))
+    (folder / "metadata.jsonl").write_bytes(b"\n".join(lines))
+    load = lambda source, pixels=128: train.ImageData(str(source), pixels, None, None, 0, str(tmp_path / "cache"))
+    data = load(folder)
+    assert [item[0] for item in data.items] == [str(folder / "good.png")]
+    assert data.skipped == {"too small to be enlarged to about 128 pixels": 1, "not readable as an image (DecompressionBombError)": 1,
+                            "a file outside the folder": 3, "no such file": 1, "text that is not UTF-8": 1}
+    with pytest.raises(ValueError, match="no usable image.*too small"):
+        load(folder, 1024)
+
+    good = (folder / "good.png").read_bytes()
+    def write(name, *members):
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for member, content in members:
+                info = tarfile.TarInfo(member)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+            link = tarfile.TarInfo("link.png")
+            link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path / "outside.png")
+            tar.addfile(link)
+            tar.addfile(tarfile.TarInfo("link.txt"))
+    before = sorted(tmp_path.rglob("*"))
+    write("one.tar", ("../../climbing.png", good), ("../../climbing.txt", b"read where it lies"), ("alone.png", good), ("words.txt", b"a star"),
+          ("latin.png", good), ("latin.txt", "\u00e9toile".encode("latin-1")))
+    write("two.tar", ("a.png", good), ("a.txt", b"first"), ("a.png", good), ("a.txt", b"second"), ("b.png", good), ("b.txt", b"a circle"))
+    data = load(tmp_path / "*.tar")
+    assert data.prompts == ["read where it lies", "a circle"]
+    assert all(item[0] in (str(tmp_path / "one.tar"), str(tmp_path / "two.tar")) for item in data.items)
+    assert data.skipped == {"no image, or no caption beside it": 4, "text that is not UTF-8": 1, "a key that occurs twice": 1}
+    assert {p for p in tmp_path.rglob("*") if p.suffix in (".png", ".txt")} == {p for p in before if p.suffix in (".png", ".txt")}
+    (tmp_path / "one.tar").rename(folder / "one.tar")
+    with pytest.raises(ValueError, match="both metadata.jsonl and tar shards"):
+        load(folder)
 
 
 def test_every_image_comes_once_in_an_epoch_whoever_takes_it(tmp_path):

@@ -401,20 +401,28 @@ def list_images(source):
 
     source: a folder with metadata.jsonl (Hugging Face's imagefolder: file_name, text), or a glob of WebDataset tar
     shards: an image and a .txt, or a .json with "caption" or "text", of the same key. Shards stay packed: their image is
-    the `length` bytes at `offset`.  Raises ValueError if there is neither.
+    the `length` bytes at `offset`.  Raises ValueError if there is neither, or both.
     """
     if os.path.isdir(source):
         metadata = os.path.join(source, "metadata.jsonl")
         if not os.path.exists(metadata):
             raise ValueError(f"--data {source} is a folder without metadata.jsonl, which names its images (file_name) and captions (text)")
-        with open(metadata, encoding="utf-8", errors="replace") as file:
+        if glob.glob(os.path.join(glob.escape(source), "*.tar")):
+            raise ValueError(f"--data {source} holds both metadata.jsonl and tar shards; name the shards ('{source}/*.tar') or move them away")
+        inside = os.path.join(os.path.realpath(source), "")
+        with open(metadata, "rb") as file:
             for line in file:
                 try:
                     record = json.loads(line)
                     path, caption = os.path.join(source, record["file_name"]), record["text"].strip()
-                    yield path, 0, os.path.getsize(path), caption
+                    if os.path.realpath(path).startswith(inside):
+                        yield path, 0, os.path.getsize(path), caption
+                    else:
+                        yield path, "a file outside the folder"
                 except OSError:
                     yield path, "no such file"
+                except UnicodeDecodeError:
+                    yield metadata, "text that is not UTF-8"
                 except (ValueError, KeyError, TypeError, AttributeError):
                     yield metadata, "a line without file_name and text"
         return
@@ -425,8 +433,12 @@ def list_images(source):
         try:
             with tarfile.open(shard, "r:") as tar:
                 for key, members in itertools.groupby((m for m in tar if m.isfile()), lambda m: m.name.rpartition("/")[0] + "/" + os.path.basename(m.name).split(".")[0]):
-                    parts = {os.path.splitext(m.name)[1].lower(): m for m in members}
-                    image = next((m for suffix, m in parts.items() if suffix in Image.registered_extensions()), None)
+                    suffixes = [(os.path.splitext(m.name)[1].lower(), m) for m in members]
+                    parts = dict(suffixes)
+                    if len(parts) < len(suffixes):
+                        yield f"{shard}:{key}", "a key that occurs twice"
+                        continue
+                    image = next((m for suffix, m in suffixes if suffix in Image.registered_extensions()), None)
                     try:
                         if ".txt" in parts:
                             caption = tar.extractfile(parts[".txt"]).read().decode()
@@ -434,6 +446,8 @@ def list_images(source):
                             record = json.load(tar.extractfile(parts[".json"]))
                             caption = record.get("caption") or record["text"]
                         yield shard, image.offset_data, image.size, caption.strip()
+                    except UnicodeDecodeError:
+                        yield f"{shard}:{key}", "text that is not UTF-8"
                     except (ValueError, KeyError, AttributeError):
                         yield f"{shard}:{key}", "no image, or no caption beside it"
         except (tarfile.TarError, OSError) as error:
@@ -492,6 +506,9 @@ class ImageData(Data):
                 self.skipped[size] += 1
                 continue
             bucket = PixArtImageProcessor.classify_height_width_bin(*size, ratios)
+            if max(wanted / there for wanted, there in zip(bucket, size)) > 4:
+                self.skipped[f"too small to be enlarged to about {pixels} pixels"] += 1
+                continue
             self.buckets.setdefault(bucket, []).append(len(self.items))
             self.items.append((*entry, bucket))
         if not self.items:
