@@ -60,7 +60,10 @@ def load_part(cls, path, subfolder, **kwargs):
         places = [dict(pretrained_model_name_or_path=path, subfolder=subfolder), dict(pretrained_model_name_or_path=path)]
     for place in places:
         try:
-            return cls.from_pretrained(**place, **kwargs)
+            part = cls.from_pretrained(**place, **kwargs)
+            if any(w.is_meta for w in getattr(part, "parameters", list)()):  # diffusers leaves empty what it does not find
+                raise ValueError("its weights are another model's")
+            return part
         except Exception as error:  # the libraries raise anything from OSError to SafetensorError
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     raise FileNotFoundError(f"no {what} could be loaded from {path!r}: {reason}")

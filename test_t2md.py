@@ -1185,6 +1185,21 @@ def test_a_teacher_can_be_trained_further(chain, tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["cache", "teacher"]
 
 
+def test_a_teacher_may_be_a_transformer_alone(chain, tmp_path, monkeypatch):
+    PixArtTransformer2DModel(num_layers=2, num_attention_heads=4, attention_head_dim=16, cross_attention_dim=64, sample_size=16,
+                             caption_channels=64, use_additional_conditions=False).save_pretrained(tmp_path / "alone")
+    parts = lambda of: [word for name in ("vae", "text_encoder") for word in (f"--{name.replace('_', '-')}", os.path.join(chain, name + of))]
+    run = lambda stage, *flags: train.run_stage(stage, train.parse_arguments(
+        ["--config", "t2md", "--teacher", str(tmp_path / "alone"), "--pattern", "SW", "--stage", stage, "--steps", "1", "--batch-size", "1",
+         "--out", str(tmp_path / "out"), *flags]))
+    with pytest.raises(FileNotFoundError, match="no vae could be loaded from .*alone"):
+        run("forcing")
+    monkeypatch.setitem(train.CONFIGS["t2md"], "base_pixels", 128)
+    for stage, of, pictures in (("forcing", "", "0"), ("kd", "", "0"), ("adapt", "_adapt", "1")):
+        run(stage, *parts(of), "--examples", pictures)
+    assert (tmp_path / "out" / "adapt" / "step-000001.png").exists()
+
+
 @pytest.mark.parametrize("stage", ["forcing", "kd"])
 def test_two_processes_and_gradient_accumulation_equal_one_process(chain, tmp_path, stage):
     """5 steps of 6 images: by one process; by two over gloo; by one, an image at a time."""

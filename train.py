@@ -1194,9 +1194,13 @@ def run_stage(stage, args):
     def upper_row():
         if stage == "teacher":  # it has no teacher: beside it, what is asked for
             return [draw_shapes(record, base, np.random.default_rng(k)) for k, record in enumerate(examples)]
-        original = teacher or load_denoiser(teacher_folder(args), args.device)
-        parts = (vae, text_encoder) if teacher else load_parts(original, teacher_folder(args), args.device)
-        return sample_records(original, *parts, examples, base)
+        if teacher:
+            return sample_records(teacher, vae, text_encoder, examples, base)
+        # after kd: its checkpoint names the VAE and text encoder that the teacher used, even of a teacher that names none
+        folder, student = teacher_folder(args), os.path.join(args.out, "kd")
+        named = T2MD.load_config(student) if os.path.isdir(student) else {}
+        original = load_denoiser(folder, args.device, **{name: named[name] for name in ("vae", "text_encoder") if named})
+        return sample_records(original, *load_parts(original, student if named else folder, args.device), examples, base)
 
     def show(path):
         rows = [upper_row(), *(sample_records(model, vae, text_encoder, examples, m * base) for m in sorted(data))]
