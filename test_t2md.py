@@ -604,7 +604,7 @@ def test_the_shapes_world_weighs_errors_by_their_noise(pair):
         assert torch.allclose(loss, (weights * errors).mean(), rtol=1e-5)
     assert torch.allclose(losses[0], errors.mean(), rtol=1e-5) and losses[0] < losses[1] < losses[2]
     weighed = {config: [stage for stage, plan in train.CONFIGS[config]["stages"].items() if plan["snr_weight"]] for config in train.CONFIGS}
-    assert weighed == dict(shapes=["teacher", "adapt"], t2md=[])
+    assert weighed == dict(shapes=["teacher", "adapt", "hires2"], t2md=[])
 
 
 @pytest.mark.parametrize("stage", ["forcing", "kd", "adapt"])

@@ -295,7 +295,7 @@ CONFIGS = {
             adapt=TOY | dict(steps=6000, batch_size=32, lr=1e-3, new_lr=4e-3, warmup=400, timesteps=(640, 240), pictures=8_000,
                              snr_weight=True),
             hires1=TOY | dict(steps=3500, batch_size=32, lr=1e-3, timesteps=(700, 230), sizes={2: 0.8, 1: 0.2}, pictures=2_500),
-            hires2=TOY | dict(steps=2000, batch_size=64, lr=1e-3, timesteps=(730, 230), sizes={4: 1.0}, pictures=2_000),
+            hires2=TOY | dict(steps=8000, batch_size=64, lr=1e-3, timesteps=(800, 200), snr_weight=True, sizes={4: 1.0}, pictures=2_000),
         ),
     ),
     "t2md": dict(  # the paper's; its optimiser is not given, so PixArt-alpha's own is used
