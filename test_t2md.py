@@ -1333,6 +1333,18 @@ def refused(result, *words):
     assert len(error.splitlines()[-1]) > 20
 
 
+def test_command_line_changes_the_plan_of_the_stage_it_names():
+    given = train.parse_arguments(["--stage", "hires2", "--steps", "7", "--timesteps", "600", "300", "--no-snr-weight"])
+    default, plan = train.CONFIGS["shapes"]["stages"]["hires2"], train.plan_for("hires2", given)
+    assert default["snr_weight"] and plan == default | dict(steps=7, timesteps=[600, 300], snr_weight=False)
+    assert train.plan_for("hires1", given) == train.CONFIGS["shapes"]["stages"]["hires1"]
+
+
+@pytest.mark.parametrize("numbers", [("600", "0"), ("-1", "9"), ("600", "nan")])
+def test_timesteps_that_are_no_distribution_are_refused(numbers):
+    refused(call("train.py", "--stage", "kd", "--timesteps", *numbers), "--timesteps", "positive deviation")
+
+
 def test_unknown_stage():
     refused(call("train.py", "--stage", "distill"), "invalid choice", "kd")
 

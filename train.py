@@ -977,7 +977,7 @@ def plan_for(stage, args):
     """The config's defaults for a stage; what the command line sets is meant for the stage it names, or for all."""
     plan = dict(CONFIGS[args.config]["stages"][stage.removesuffix("_adapt")])
     if args.stage in (stage, "all"):
-        for name in ("steps", "batch_size", "lr", "save_every"):
+        for name in ("steps", "batch_size", "lr", "timesteps", "snr_weight", "save_every"):
             if getattr(args, name) is not None:
                 plan[name] = getattr(args, name)
         if args.lr is not None:
@@ -1550,6 +1550,8 @@ def parse_arguments(argv=None):
     stage.add_argument("--micro-batch", type=int, help="images a process takes through the network at once; the rest of its "
                        "share follows, gradients add up (default: all at once)")
     stage.add_argument("--lr", type=float, help="peak learning rate")
+    stage.add_argument("--timesteps", type=float, nargs=2, metavar=("MEAN", "DEVIATION"), help="draw t from this normal distribution")
+    stage.add_argument("--snr-weight", action=argparse.BooleanOptionalAction, help="weigh the errors of equation 8 by 1 / sqrt(SNR)")
     stage.add_argument("--save-every", type=int, help="steps between checkpoints")
     stage.add_argument("--benchmark", action="store_true", help="train nothing: print where the time of a forcing or kd step goes")
     stage.add_argument("--examples", type=int, default=12, help="pictures drawn beside the teacher's at every checkpoint (default 12; 0: none)")
@@ -1583,6 +1585,8 @@ def parse_arguments(argv=None):
     for name in ("steps", "batch_size", "micro_batch", "save_every", "records", "size", "zero_shot", "seeds", "upscale"):
         if getattr(args, name) is not None and np.min(getattr(args, name)) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.timesteps and not (0 <= args.timesteps[0] < 1000 and 0 < args.timesteps[1] < float("inf")):
+        parser.error("--timesteps must be a mean in [0, 1000) and a positive deviation")
     args.out = args.out or CONFIGS[args.config]["out"]
     args.pattern = args.pattern or CONFIGS[args.config]["pattern"]
     return args
