@@ -1247,13 +1247,17 @@ def test_eval_prints_and_writes_scores(chain, tmp_path):
 
 
 def test_ablate_runs_every_row_once(tmp_path, monkeypatch, capsys):
-    rows = {name: settings for name, _, settings in train.ABLATIONS}
+    rows = {name: settings for name, _, _, settings in train.ABLATIONS}
     assert rows["one direction"]["pattern"]("SHWHWHW") == "Sv>v>v>" and rows["no self-attention"]["pattern"]("SHWHWHW") == "HWHWHWH"
     assert rows["four-way scan"]["pattern"]("SHWHWHW" * 2) == "S><v^><Sv^><v^"
-    monkeypatch.setattr(train, "ABLATIONS", [row for row in train.ABLATIONS if row[0] in ("from scratch", "four-way scan")])
-    args = train.parse_arguments(["--stage", "ablate", "--steps", "4", "--batch-size", "2", "--records", "6", "--seeds", "2", "--out", str(tmp_path)])
-    train.run_ablate(args)
-    assert capsys.readouterr().out.count("ablate: ") == 3 * 2
+    scratch, four_way = ("from scratch", 0.301, None, rows["from scratch"]), ("four-way scan", 0.4, "from scratch", rows["four-way scan"])
+    monkeypatch.setattr(train, "ABLATIONS", [scratch, four_way])
+    command = ["--stage", "ablate", "--steps", "4", "--batch-size", "2", "--records", "6", "--out", str(tmp_path)]
+    args = train.parse_arguments([*command, "--seeds", "2"])
+    one = train.parse_arguments([*command, "--seed", "1", "--seeds", "1"])  # a process may do one seed, another all
+    for own, runs in ((one, 3), (args, 3)):
+        train.run_ablate(own)
+        assert capsys.readouterr().out.count("ablate: ") == runs
     steps = {path.parent.parent.name + "/" + path.parent.name: len(path.read_text().splitlines()) for path in (tmp_path / "ablate").rglob("log.jsonl")}
     assert steps == {
         f"{row}-{seed}/{stage}": n for seed in range(2) for row, stage, n in (
@@ -1267,6 +1271,11 @@ def test_ablate_runs_every_row_once(tmp_path, monkeypatch, capsys):
     teacher, scratch = (table[row]["runs"][0] for row in ("teacher", "from scratch"))
     assert teacher["noise"] == 0 and teacher["mixers"] == [0] * 7 and scratch["noise"] > 0.1 and len(scratch["mixers"]) == 7
     assert table["from scratch"]["paper"] == 0.301 and "0.301" in printed
+    runs = zip(table["four-way scan"]["runs"], table["from scratch"]["runs"])
+    overall, noise, mixers = np.sum([(a["overall"] > b["overall"], a["noise"] < b["noise"], sum(a["mixers"]) < sum(b["mixers"])) for a, b in runs], axis=0)
+    with pytest.raises(ValueError, match="rows of steps 4 and not 5"):
+        train.run_ablate(train.parse_arguments([*command, "--seeds", "2", "--steps", "5"]))
+    assert f"| four-way scan | from scratch | {overall} of 2 | {noise} of 2 | {mixers} of 2 | higher |" in printed
 
 
 def test_figures(tmp_path):

@@ -1282,26 +1282,35 @@ def scans(letters, attention=True):
 
 
 # rows of the ablation table: name, the paper's GenEval score, what the row sets
-ABLATIONS = (
-    ("from scratch", 0.301, dict(init="scratch", soft_weight=0.0, mixer_weight=0.0)),
-    ("+ non-Mamba weights from the teacher", 0.397, dict(init="teacher", soft_weight=0.0, mixer_weight=0.0)),
-    ("+ soft loss", 0.452, dict(init="teacher", mixer_weight=0.0)),
-    ("+ token mixer loss", 0.462, dict(init="teacher")),
-    ("+ teacher forcing: T2MD", 0.485, dict()),
-    ("attention-to-Mamba initialisation", 0.433, dict(init="llama")),
-    ("one direction", 0.448, dict(pattern=scans("v>"))),
-    ("no self-attention", 0.420, dict(pattern=scans("HW", attention=False))),
-    ("four-way scan", None, dict(pattern=scans("><v^"))),
-    ("padding tokens", None, dict(padding_tokens=True)),
-    ("local enhancement", None, dict(local_enhancement=True)),
+ABLATIONS = (  # (row, the paper's GenEval, the row to compare it with, what it varies)
+    ("from scratch", 0.301, None, dict(init="scratch", soft_weight=0.0, mixer_weight=0.0)),
+    ("+ non-Mamba weights from the teacher", 0.397, "from scratch", dict(init="teacher", soft_weight=0.0, mixer_weight=0.0)),
+    ("+ soft loss", 0.452, "+ non-Mamba weights from the teacher", dict(init="teacher", mixer_weight=0.0)),
+    ("+ token mixer loss", 0.462, "+ soft loss", dict(init="teacher")),
+    ("+ teacher forcing: T2MD", 0.485, "+ token mixer loss", dict()),
+    ("attention-to-Mamba initialisation", 0.433, "+ teacher forcing: T2MD", dict(init="llama")),
+    ("one direction", 0.448, "+ teacher forcing: T2MD", dict(pattern=scans("v>"))),
+    ("no self-attention", 0.420, "+ teacher forcing: T2MD", dict(pattern=scans("HW", attention=False))),
+    ("four-way scan", None, "+ teacher forcing: T2MD", dict(pattern=scans("><v^"))),
+    ("padding tokens", None, "+ teacher forcing: T2MD", dict(padding_tokens=True)),
+    ("local enhancement", None, "+ teacher forcing: T2MD", dict(local_enhancement=True)),
 )
 
 
 def run_ablate(args):
     """Every row of ABLATIONS with every seed, at an equal number of optimiser steps (a quarter of them forcing, where a row has
-    it), then OUT/ablate/table.md and .json: mean and standard deviation over seeds. Rows that are done are not run again."""
+    it), then OUT/ablate/table.md and .json: mean and standard deviation over seeds. What is done is not run again, so that
+    several processes, each with its own --seed and --seeds 1, can share the work.
+    Raises ValueError if OUT has rows of another budget."""
     steps, folder, teacher = args.steps or 600, os.path.join(args.out, "ablate"), teacher_folder(args)
     os.makedirs(os.path.join(args.out, "cache"), exist_ok=True)
+    budget = dict(steps=steps, records=args.records) | {k: getattr(args, k) for k in ("dtype", "batch_size", "lr", "pattern", "teacher")}
+    kept = os.path.join(folder, "budget.json")
+    if not os.path.exists(kept):
+        write_atomically(kept, lambda path: open(path, "w").write(json.dumps(budget)))
+    if (before := json.load(open(kept))) != budget:
+        differs = ", ".join(f"{k} {before[k]} and not {budget[k]}" for k in budget if before[k] != budget[k])
+        raise ValueError(f"{folder} holds rows of {differs}; to compare like with like, give another --out")
     original = load_denoiser(teacher, args.device)
     parts, pixels = load_parts(original, teacher, args.device), CONFIGS[args.config]["base_pixels"]
 
@@ -1329,18 +1338,26 @@ def run_ablate(args):
             write_atomically(path, lambda path: open(path, "w").write(json.dumps(measure(model, seed))))
         return json.load(open(path))
 
-    lines = [f"{steps} optimiser steps a row, seeds 0 to {args.seeds - 1}, {args.records} held-out records a seed; mean +- standard deviation", "",
+    seeds = range(args.seed, args.seed + args.seeds)
+    lines = [f"{steps} optimiser steps a row, seeds {seeds[0]} to {seeds[-1]}, {args.records} held-out records a seed; mean and standard deviation", "",
              "| | " + " | ".join(TAGS) + " | overall | noise error | mixer error | paper: GenEval |", "|---" * (len(TAGS) + 5) + "|"]
-    table = {}
-    for name, paper, settings in (("teacher", 0.481, None), *ABLATIONS):
-        runs = [result(name, seed, settings) for seed in range(args.seeds)]
-        columns = {key: [run[key] for run in runs] for key in (*TAGS, "overall", "noise")} | dict(mixers=[float(np.mean(run["mixers"])) for run in runs])
+    versus = ["", "Row against row, in how many seeds:", "", "| | against | overall higher | noise error lower | mixer error lower | paper |", "|---" * 6 + "|"]
+    table, columns = {}, {}
+    for name, paper, other, settings in (("teacher", 0.481, None, None), *ABLATIONS):
+        runs = [result(name, seed, settings) for seed in seeds]
         table[name] = dict(paper=paper, runs=runs)
-        cells = [f"{np.mean(values):.3f} +- {np.std(values):.3f}" for values in columns.values()]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {paper or ''} |")
+        own = columns[name] = {key: np.array([np.mean(run[key]) for run in runs]) for key in (*TAGS, "overall", "noise", "mixers")}
+        cells = [f"{values.mean():.{digits}f} ± {values.std(ddof=len(seeds) > 1):.{digits}f}"
+                 for digits, values in zip([2] * (len(own) - 2) + [4, 3], own.values())]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {f'{paper:.3f}' if paper else ''} |")
+        if other:
+            than = columns[other]
+            better = own["overall"] > than["overall"], own["noise"] < than["noise"], own["mixers"] < than["mixers"]
+            order = "" if not paper else "higher" if paper > table[other]["paper"] else "lower"
+            versus.append(f"| {name} | {other} | " + " | ".join(f"{won.sum()} of {len(seeds)}" for won in better) + f" | {order} |")
         write_atomically(os.path.join(folder, "table.json"), lambda path: open(path, "w").write(json.dumps(table, indent=1)))
-        write_atomically(os.path.join(folder, "table.md"), lambda path: open(path, "w").write("\n".join(lines) + "\n"))
-    print("\n".join(lines))
+        write_atomically(os.path.join(folder, "table.md"), lambda path: open(path, "w").write("\n".join(lines + versus) + "\n"))
+    print("\n".join(lines + versus))
 
 
 def receptive_field(mixers, x, grid):
@@ -1566,7 +1583,8 @@ def parse_arguments(argv=None):
     model.add_argument("--padding-tokens", action="store_true", help="DiM's: 3 learned tokens end every row and column")
     model.add_argument("--local-enhancement", action="store_true", help="DiM's: depthwise 3x3 convolutions around the blocks")
     ablation = parser.add_argument_group("--stage kd, the rows of the paper's Table 1; --stage ablate runs them all")
-    ablation.add_argument("--seeds", type=int, default=3, help="--stage ablate: how many seeds each row is run with (default 3)")
+    ablation.add_argument("--seeds", type=int, default=3, help="--stage ablate: how many seeds each row is run with, "
+                          "from --seed on (default 3)")
     ablation.add_argument("--init", default="forcing", choices=("scratch", "teacher", "forcing", "llama"), help="what kd starts from: nothing "
                           "(row 'from scratch', with both weights 0), the teacher with fresh Mamba layers ('+ non-Mamba weights'), the "
                           "forcing stage ('+ teacher forcing', the default), the attention's own weights (Mamba-in-the-Llama)")
