@@ -1516,7 +1516,7 @@ def run_eval(args):
         model = load_denoiser(folder, args.device)
         parts = load_parts(model, folder, args.device)
         for pixels in args.size or [model.config.sample_size * parts[0].factor]:
-            images = sample_records(model, *parts, records, pixels, args.seed, upscale=args.upscale)
+            images = sample_records(model, *parts, records, pixels, args.seed, upscale=1 if args.zero_shot else args.upscale)
             scores = results.setdefault(folder, {})[pixels] = evaluate(images, records)
             print("".join(f"{scores.get(name, float('nan')):14.3f}" for name in (*TAGS, "overall")) + f"  {pixels:6}  {folder}", flush=True)
             rows.append(images[:12])
@@ -1598,7 +1598,7 @@ def parse_arguments(argv=None):
                             "trained at); the first also of the buckets of --stage data and of --benchmark (default: the base size)")
     evaluation.add_argument("--upscale", type=int, default=1, metavar="M", help="sample with upsample guidance, at M times a known size")
     evaluation.add_argument("--zero-shot", type=int, metavar="PIXELS",
-                            help="adds pictures of the last model at this size to OUT/eval.png")
+                            help="adds pictures of the last model at this size to OUT/eval.png; --upscale is then for these alone")
     args = parser.parse_args(argv)
     for name in ("steps", "batch_size", "micro_batch", "save_every", "records", "size", "zero_shot", "seeds", "upscale"):
         if getattr(args, name) is not None and np.min(getattr(args, name)) < 1:
