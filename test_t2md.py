@@ -1269,7 +1269,7 @@ def test_ablate_runs_every_row_once(tmp_path, monkeypatch, capsys):
     assert "ablate: " not in printed and printed.strip() == (tmp_path / "ablate" / "table.md").read_text().strip()
     table = json.load(open(tmp_path / "ablate" / "table.json"))
     teacher, scratch = (table[row]["runs"][0] for row in ("teacher", "from scratch"))
-    assert teacher["noise"] == 0 and teacher["mixers"] == [0] * 7 and scratch["noise"] > 0.1 and len(scratch["mixers"]) == 7
+    assert teacher["noise"] == 0 and teacher["mixers"] == teacher["forced"] == [0] * 7 and scratch["noise"] > 0.1 and len(scratch["mixers"]) == 7
     assert table["from scratch"]["paper"] == 0.301 and "0.301" in printed
     runs = zip(table["four-way scan"]["runs"], table["from scratch"]["runs"])
     overall, noise, mixers = np.sum([(a["overall"] > b["overall"], a["noise"] < b["noise"], sum(a["mixers"]) < sum(b["mixers"])) for a, b in runs], axis=0)
@@ -1278,9 +1278,18 @@ def test_ablate_runs_every_row_once(tmp_path, monkeypatch, capsys):
     assert f"| four-way scan | from scratch | {overall} of 2 | {noise} of 2 | {mixers} of 2 | higher |" in printed
 
 
+def test_relative_errors_on_own_and_on_the_teachers_hidden_states():
+    """The first block's input is the same either way; on the teacher's, what one block does wrong does not reach the next."""
+    folder = os.path.join(SHIPPED, "teacher")
+    teacher, student = sample.load_denoiser(folder), T2MD.from_pixart(folder, "HSSSSSS")
+    errors = train.relative_errors(student, teacher, *sample.load_parts(teacher, folder), train.heldout_records(6, 0), 64, 0)
+    assert errors["mixers"][0] == errors["forced"][0] > 0.1
+    assert all(own > 1e-3 and forced < 1e-9 for own, forced in zip(errors["mixers"][1:], errors["forced"][1:]))
+
+
 def test_figures(tmp_path):
     row = lambda top: {"runs": [{"mixers": [0.1, 0.2, top]}, {"mixers": [0.1, 0.3, top]}]}
-    os.makedirs(tmp_path / "ablate")
+    T2MD.from_pixart(os.path.join(SHIPPED, "teacher"), "SHWHWHW").save_pretrained(tmp_path / "ablate" / "teacher-forcing-t2md-0" / "forcing")
     (tmp_path / "ablate" / "table.json").write_text(json.dumps({"+ token mixer loss": row(0.5), "+ teacher forcing: T2MD": row(0.2)}))
     train.run_figures(train.parse_arguments(["--stage", "figures", "--out", str(tmp_path), "--size", "64"]))
     for name in ("field.png", "depth.png"):

@@ -1253,7 +1253,8 @@ def evaluate(images, records):
 def relative_errors(student, teacher, vae, text_encoder, records, pixels, seed):
     """How far a student is from its teacher, without a detector: ||student - teacher||^2 / ||teacher||^2 of the predicted noise
     and of each block's mixer output, each model on its own hidden states, on pictures of `records` at timesteps spread over
-    all of them -> {"noise": float, "mixers": [float]}."""
+    all of them -> {"noise": float, "mixers": [float], "forced": [float]}; forced: the mixers fed with the teacher's hidden
+    states, as in equation 6."""
     schedule, totals = noise_schedule(teacher), []
     for start in range(0, len(records), 16):
         chunk = range(start, min(start + 16, len(records)))
@@ -1261,16 +1262,20 @@ def relative_errors(student, teacher, vae, text_encoder, records, pixels, seed):
         noise = torch.cat([torch.randn(1, *mean.shape[1:], generator=draw(seed, "errors", 0, k)) for k in chunk]).to(mean.device)
         t = torch.tensor([int((k + 0.5) * 1000 / len(records)) for k in chunk], device=mean.device)
         text, mask = text_encoder([records[k]["prompt"] for k in chunk])
-        outputs = []
-        for model in (student, teacher):
-            mixers = []
-            with torch.no_grad():
-                predicted = predict_noise(model, schedule.add_noise(mean, noise, t), t, text, mask, lambda n, x, y: mixers.append(y))
-            outputs.append([predicted, *mixers])
-        totals.append([((s - o).square().sum().item(), o.square().sum().item()) for s, o in zip(*outputs)])
+        given, own, wanted, forced = (schedule.add_noise(mean, noise, t), t, text, mask), [], [], []
+        grid = [side // student.config.patch_size for side in mean.shape[2:]]
+
+        def visit_teacher(n, mixer_input, mixer_output):
+            wanted.append(mixer_output)
+            forced.append(student.blocks[n].mixer(mixer_input, grid))
+
+        with torch.no_grad():
+            predicted = predict_noise(student, *given, lambda n, x, y: own.append(y)), predict_noise(teacher, *given, visit_teacher)
+        pairs = [predicted, *zip(own, wanted), *zip(forced, wanted)]
+        totals.append([((s - o).square().sum().item(), o.square().sum().item()) for s, o in pairs])
     wrong, size = np.array(totals).sum(0).T
-    noise, *mixers = (wrong / size).tolist()
-    return dict(noise=noise, mixers=mixers)
+    noise, *errors = (wrong / size).tolist()
+    return dict(noise=noise, mixers=errors[: len(student.blocks)], forced=errors[len(student.blocks) :])
 
 
 def scans(letters, attention=True):
@@ -1281,7 +1286,6 @@ def scans(letters, attention=True):
     return replaced
 
 
-# rows of the ablation table: name, the paper's GenEval score, what the row sets
 ABLATIONS = (  # (row, the paper's GenEval, the row to compare it with, what it varies)
     ("from scratch", 0.301, None, dict(init="scratch", soft_weight=0.0, mixer_weight=0.0)),
     ("+ non-Mamba weights from the teacher", 0.397, "from scratch", dict(init="teacher", soft_weight=0.0, mixer_weight=0.0)),
@@ -1395,7 +1399,7 @@ def line_chart(path, lines, title, size=(640, 400)):
 
 def run_figures(args):
     """OUT/field.png, the receptive fields of a student's W, H, W then H, and S mixers; and, once --stage ablate has run,
-    OUT/depth.png, its mixers' errors by depth with and without teacher forcing."""
+    OUT/depth.png, its mixers' errors by depth with and without teacher forcing, and after forcing alone."""
     folder, inputs = (args.model or [os.path.join(HERE, "assets", "student")])[0], []
     model = load_denoiser(folder, args.device)
     vae, text_encoder = load_parts(model, folder, args.device)
@@ -1420,8 +1424,15 @@ def run_figures(args):
     if os.path.exists(table):
         runs = {name: json.load(open(table))[name]["runs"] for name in ("+ token mixer loss", "+ teacher forcing: T2MD")}
         lines = {label: np.mean([run["mixers"] for run in own], axis=0).tolist()
-                 for label, own in zip(("without teacher forcing", "with teacher forcing"), runs.values())}
-        line_chart(os.path.join(args.out, "depth.png"), lines, "relative error of each block's mixer output after kd, by depth")
+                 for label, own in zip(("kd, without teacher forcing", "kd, with teacher forcing"), runs.values())}
+        teacher = teacher_folder(args)
+        original, records = load_denoiser(teacher, args.device), heldout_records(96, args.seed)
+        errors = [relative_errors(load_denoiser(forced, args.device), original, *load_parts(original, teacher, args.device), records,
+                                  CONFIGS[args.config]["base_pixels"], args.seed)
+                  for forced in glob.glob(os.path.join(args.out, "ablate", "teacher-forcing-t2md-*", "forcing"))]
+        for label, key in (("on its own hidden states", "mixers"), ("on the teacher's", "forced")):
+            lines["forcing alone, " + label] = np.mean([error[key] for error in errors], axis=0).tolist()
+        line_chart(os.path.join(args.out, "depth.png"), lines, "relative error of each block's mixer output, by depth")
         print(os.path.join(args.out, "depth.png"))
 
 
