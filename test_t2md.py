@@ -1246,6 +1246,20 @@ def test_eval_prints_and_writes_scores(chain, tmp_path):
     assert result.stdout.count("\n") == 6 and all(tag in result.stdout for tag in (*train.TAGS, "overall"))
 
 
+def test_eval_upscales_all_pictures_or_those_of_zero_shot_alone(chain, tmp_path, monkeypatch):
+    sampled = []
+
+    def fake(model, vae, text_encoder, records, pixels, seed, upscale):
+        sampled.append((pixels, upscale))
+        return [Image.new("RGB", (8, 8))] * len(records)
+
+    monkeypatch.setattr(train, "sample_records", fake)
+    command = ["--stage", "eval", "--records", "6", "--size", "64", "--upscale", "2", "--model", os.path.join(chain, "kd"), "--out", str(tmp_path)]
+    for zero_shot in ([], ["--zero-shot", "256"]):
+        train.run_eval(train.parse_arguments(command + zero_shot))
+    assert sampled == [(64, 2), (64, 1), (256, 2)]
+
+
 def test_ablate_runs_every_row_once(tmp_path, monkeypatch, capsys):
     rows = {name: settings for name, _, _, settings in train.ABLATIONS}
     assert rows["one direction"]["pattern"]("SHWHWHW") == "Sv>v>v>" and rows["no self-attention"]["pattern"]("SHWHWHW") == "HWHWHWH"
