@@ -1152,6 +1152,26 @@ def test_kill_minus_nine_loses_nothing(chain, tmp_path):
     model = lambda name: list(fingerprint(tmp_path / name / "kd").values())
     assert model("whole") == model("killed") and fingerprint(*frozen) == before
     assert "kd is finished: 6 steps" in run(*command, str(tmp_path / "killed")).stdout
+    other = run(*command, str(tmp_path / "killed"), "--init", "teacher")
+    assert other.returncode == 1 and other.stderr.endswith("kd was trained with --init forcing, not teacher; give the same again, or another --out\n")
+
+
+def test_a_stage_goes_on_with_what_it_was_begun_with(tmp_path):
+    """Or says so: a finished kd is not passed off as another row's, nor a student as one of another shape or seed."""
+    def arguments(*more):
+        return train.parse_arguments(["--stage", "kd", "--out", str(tmp_path), *more])
+
+    for stage in ("forcing", "kd"):
+        os.makedirs(tmp_path / stage)
+        torch.save(dict(step=9000, steps=9000, shared=train.shared_settings(stage, arguments())), tmp_path / stage / "training_state.pt")
+    assert train.run_stage("kd", arguments()) == str(tmp_path / "kd")
+    for flags in (("--seed", "1"), ("--init", "llama"), ("--soft-weight", "0"), ("--mixer-weight", "1"), ("--pattern", "HWHWHWH"), ("--padding-tokens",), ("--local-enhancement",)):
+        with pytest.raises(ValueError, match=f"kd was trained with {flags[0]} .*, not "):
+            train.run_stage("kd", arguments(*flags))
+    assert train.previous_folder("kd", arguments("--seed", "1")) == str(tmp_path / "forcing")
+    with pytest.raises(ValueError, match="forcing was trained with --pattern SHWHWHW, not HWHWHWH"):
+        train.previous_folder("kd", arguments("--pattern", "HWHWHWH"))
+    assert train.previous_folder("adapt", arguments("--init", "llama", "--pattern", "HWHWHWH")) == str(tmp_path / "kd")
 
 
 def test_sigterm_saves_and_exits(chain, tmp_path):

@@ -888,17 +888,24 @@ def save_model(model, folder, dtype=torch.float32):
     os.rmdir(temporary)
 
 
-def saved_step(folder):
-    """(steps done, steps planned) of the training in `folder`; (0, None) if there is none. Raises ValueError if unreadable."""
+def saved_step(folder, **shared):
+    """(steps done, steps planned) of the training in `folder`; (0, None) if there is none.
+
+    Raises ValueError if it is unreadable, or was begun with other settings than `shared`.
+    """
     path = os.path.join(folder, "training_state.pt")
     if not os.path.exists(path):
         return 0, None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return state["step"], state["steps"]
+        done, planned, before = state["step"], state["steps"], state.get("shared", {})
     except Exception as error:
         reason = f"is no readable training state ({type(error).__name__}); move it away to train this stage again"
         raise ValueError(f"{path} {reason}") from error
+    for name, value in shared.items():
+        if before.get(name, value) != value:
+            raise ValueError(f"{folder} was trained with --{name.replace('_', '-')} {before[name]}, not {value}; give the same again, or another --out")
+    return done, planned
 
 
 def fit(stage, folder, network, loss_terms, plan, args, export, show=None, images=None, new=()):
@@ -935,7 +942,7 @@ def fit(stage, folder, network, loss_terms, plan, args, export, show=None, image
         if show and draw_pictures:
             show(os.path.join(folder, f"step-{step:06d}.png"))
         ema.restore(network.parameters())
-        state = dict(step=step, steps=plan["steps"], network=network.state_dict(), ema=ema.state_dict(),
+        state = dict(step=step, steps=plan["steps"], shared=plan.get("shared", {}), network=network.state_dict(), ema=ema.state_dict(),
                      optimizer=optimizer.state_dict())
         write_atomically(state_path, lambda path: torch.save(state, path))
 
@@ -985,9 +992,19 @@ def plan_for(stage, args):
     return plan
 
 
-def finished(folder):
-    """Has the training in `folder` done all the steps it was planned for?"""
-    done, planned = saved_step(folder)
+def shared_settings(stage, args):
+    """What all steps of a stage's training share: its seed; of forcing and kd the student's shape, of kd its row of Table 1."""
+    names = ["seed"]
+    if stage in ("forcing", "kd"):
+        names += ["pattern", "padding_tokens", "local_enhancement"]
+    if stage == "kd":
+        names += ["init", "soft_weight", "mixer_weight"]
+    return {name: getattr(args, name) for name in names}
+
+
+def finished(folder, **shared):
+    """Has the training in `folder` done all the steps it was planned for? `shared`: see `saved_step`."""
+    done, planned = saved_step(folder, **shared)
     return planned is not None and done >= planned
 
 
@@ -1066,7 +1083,8 @@ def previous_folder(stage, args):
     if before == "teacher" or stage == "kd" and args.init != "forcing":
         return teacher_folder(args)
     folder = os.path.join(args.out, before)
-    if not finished(folder):
+    shape = {k: v for k, v in shared_settings(before, args).items() if k != "seed"} if stage == "kd" else {}  # any seed will do
+    if not finished(folder, **shape):
         print(f"{stage} starts from {before}, which is not there yet: running {before} first")
         run_stage(before, args)
     return folder
@@ -1148,8 +1166,8 @@ def run_stage(stage, args):
     config = CONFIGS[args.config]
     if stage not in config["stages"]:
         raise ValueError(f"--config {args.config} trains no {stage}: it starts from {config['teacher']}, or give --teacher")
-    folder, plan = os.path.join(args.out, stage), plan_for(stage, args)
-    done, _ = saved_step(folder)
+    folder, plan = os.path.join(args.out, stage), plan_for(stage, args) | dict(shared=shared_settings(stage, args))
+    done, _ = saved_step(folder, **plan["shared"])
     if done >= plan["steps"]:
         print(f"{stage} is finished: {done} steps, its model is in {folder}")
         return folder
