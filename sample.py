@@ -244,9 +244,14 @@ def save_png(image, path, **settings):
             os.remove(temporary)
 
 
+def slug(text):
+    """"+ teacher forcing: T2MD" -> "teacher-forcing-t2md", for the name of a file."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
 def free_path(folder, prompt, seed):
     """folder/the-prompt-seed.png, or with -1, -2, ... where that name is taken."""
-    stem = f"{re.sub(r'[^a-z0-9]+', '-', prompt.lower()).strip('-')[:60] or 'image'}-{seed}"
+    stem = f"{slug(prompt)[:60] or 'image'}-{seed}"
     paths = (os.path.join(folder, stem + suffix + ".png") for suffix in ("", *(f"-{k}" for k in range(1, 1_000_000))))
     return next(path for path in paths if not os.path.exists(path))
 

@@ -1312,6 +1312,17 @@ def test_ablate_runs_every_row_once(tmp_path, monkeypatch, capsys):
     assert f"| four-way scan | from scratch | {overall} of 2 | {noise} of 2 | {mixers} of 2 | higher |" in printed
 
 
+def test_processes_that_share_an_ablation_write_in_turn(tmp_path):
+    script = ("import sys; sys.path.insert(0, sys.argv[1]); import train\n"
+              "for k in range(200):\n"
+              "    with train.one_at_a_time(sys.argv[2]):\n"
+              "        train.write_atomically(sys.argv[2] + '/table', lambda path: open(path, 'w').write(str(k)))\n")
+    processes = [subprocess.Popen([sys.executable, "-c", script, HERE, str(tmp_path)], stderr=subprocess.PIPE) for _ in range(3)]
+    errors = [process.communicate()[1].decode() for process in processes]
+    assert all(process.returncode == 0 for process in processes), errors
+    assert (tmp_path / "table").read_text() == "199"
+
+
 def test_relative_errors_on_own_and_on_the_teachers_hidden_states():
     """The first block's input is the same either way; on the teacher's, what one block does wrong does not reach the next."""
     folder = os.path.join(SHIPPED, "teacher")

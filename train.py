@@ -28,6 +28,7 @@ import concurrent.futures
 import contextlib
 import copy
 import datetime
+import fcntl
 import functools
 import glob
 import hashlib
@@ -36,7 +37,6 @@ import itertools
 import json
 import math
 import os
-import re
 import resource
 import shutil
 import signal
@@ -61,7 +61,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from sample import RANK, WORLD, component_path, encode_first, generate, keep_freed_memory, load_denoiser, load_parts, noise_for, pad_features, read_prompts, seconds, size_conditions
+from sample import RANK, WORLD, component_path, encode_first, generate, keep_freed_memory, load_denoiser, load_parts, noise_for, pad_features, read_prompts, seconds, size_conditions, slug
 from t2md import T2MD, VAE, Attention, LocalEnhancement, MambaMixer, PaddingTokens, TextEncoder, forcing_loss, kd_loss, mse_loss, predict_noise
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -633,21 +633,26 @@ def fingerprint(module):
     return digest.hexdigest()[:16]
 
 
+def differences(path, made_with):
+    """What differs between made_with and the JSON file at `path`, which notes what its folder was made with and is written
+    if there is none yet -> {name: (theirs, ours)}."""
+    if not os.path.exists(path):
+        write_atomically(path, lambda path: open(path, "w").write(json.dumps(made_with)))
+    theirs = json.load(open(path))
+    return {name: (theirs.get(name), ours) for name, ours in made_with.items() if theirs.get(name) != ours}
+
+
 def claim_cache(folder, vae, text_encoder, pixels):
     """Make a folder the feature cache of these components and sizes, or find that it is.
 
     Raises ValueError, naming what differs, if it was made with another VAE, text encoder or size.
     """
-    ours = dict(vae=fingerprint(vae.model), text_encoder=fingerprint(text_encoder.model), pixels=sorted(pixels))
-    path = os.path.join(folder, "cache.json")
+    made_with = dict(vae=fingerprint(vae.model), text_encoder=fingerprint(text_encoder.model), pixels=sorted(pixels))
     with rank_zero_first():
-        if not os.path.exists(path):
-            write_atomically(path, lambda path: open(path, "w").write(json.dumps(ours)))
-    theirs = json.load(open(path))
-    for what in ours:
-        if ours[what] != theirs.get(what):
-            raise ValueError(f"--cache {folder} was made with another {what.replace('_', ' ')} ({theirs.get(what)}; this run has {ours[what]}); "
-                             "give this run a folder of its own")
+        differ = differences(os.path.join(folder, "cache.json"), made_with)
+    for what, (theirs, ours) in differ.items():
+        raise ValueError(f"--cache {folder} was made with another {what.replace('_', ' ')} ({theirs}; this run has {ours}); "
+                         "give this run a folder of its own")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -992,14 +997,16 @@ def plan_for(stage, args):
     return plan
 
 
+def student_shape(args):
+    """The arguments of T2MD in which a student differs from its teacher."""
+    return dict(pattern=args.pattern, padding_tokens=args.padding_tokens, local_enhancement=args.local_enhancement)
+
+
 def shared_settings(stage, args):
     """What all steps of a stage's training share: its seed; of forcing and kd the student's shape, of kd its row of Table 1."""
-    names = ["seed"]
-    if stage in ("forcing", "kd"):
-        names += ["pattern", "padding_tokens", "local_enhancement"]
-    if stage == "kd":
-        names += ["init", "soft_weight", "mixer_weight"]
-    return {name: getattr(args, name) for name in names}
+    shape = student_shape(args) if stage in ("forcing", "kd") else {}
+    row = dict(init=args.init, soft_weight=args.soft_weight, mixer_weight=args.mixer_weight) if stage == "kd" else {}
+    return dict(seed=args.seed) | shape | row
 
 
 def finished(folder, **shared):
@@ -1083,8 +1090,7 @@ def previous_folder(stage, args):
     if before == "teacher" or stage == "kd" and args.init != "forcing":
         return teacher_folder(args)
     folder = os.path.join(args.out, before)
-    shape = {k: v for k, v in shared_settings(before, args).items() if k != "seed"} if stage == "kd" else {}  # any seed will do
-    if not finished(folder, **shape):
+    if not finished(folder, **(student_shape(args) if stage == "kd" else {})):  # of any seed
         print(f"{stage} starts from {before}, which is not there yet: running {before} first")
         run_stage(before, args)
     return folder
@@ -1101,7 +1107,7 @@ def start_model(stage, args, folder):
     else:
         before = further or previous_folder(stage, args)
         if stage == "forcing" or stage == "kd" and args.init != "forcing":
-            overrides = dict(pattern=args.pattern, padding_tokens=args.padding_tokens, local_enhancement=args.local_enhancement)
+            overrides = student_shape(args)
         if stage == "adapt":
             overrides = dict(pos_embed="centered", beta_schedule="scaled_linear")
             parts = {name: adapted_component(name, args) for name in ("vae", "text_encoder")}
@@ -1319,6 +1325,20 @@ ABLATIONS = (  # (row, the paper's GenEval, the row to compare it with, what it 
 )
 
 
+def row_folder(args, name, seed):
+    """Where --stage ablate trains and measures a row; seed "*" for a pattern of all its seeds."""
+    return os.path.join(args.out, "ablate", f"{slug(name)}-{seed}")
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder):
+    """What is inside runs in one process at a time of those that share `folder`: of two that write one file at once, one fails."""
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def run_ablate(args):
     """Every row of ABLATIONS with every seed, at an equal number of optimiser steps (a quarter of them forcing, where a row has
     it), then OUT/ablate/table.md and .json: mean and standard deviation over seeds. What is done is not run again, so that
@@ -1327,12 +1347,11 @@ def run_ablate(args):
     steps, folder, teacher = args.steps or 600, os.path.join(args.out, "ablate"), teacher_folder(args)
     os.makedirs(os.path.join(args.out, "cache"), exist_ok=True)
     budget = dict(steps=steps, records=args.records) | {k: getattr(args, k) for k in ("dtype", "batch_size", "lr", "pattern", "teacher")}
-    kept = os.path.join(folder, "budget.json")
-    if not os.path.exists(kept):
-        write_atomically(kept, lambda path: open(path, "w").write(json.dumps(budget)))
-    if (before := json.load(open(kept))) != budget:
-        differs = ", ".join(f"{k} {before[k]} and not {budget[k]}" for k in budget if before[k] != budget[k])
-        raise ValueError(f"{folder} holds rows of {differs}; to compare like with like, give another --out")
+    with one_at_a_time(folder):
+        differ = differences(os.path.join(folder, "budget.json"), budget)
+    if differ:
+        listed = ", ".join(f"{name} {theirs} and not {ours}" for name, (theirs, ours) in differ.items())
+        raise ValueError(f"{folder} holds rows of {listed}; to compare like with like, give another --out")
     original = load_denoiser(teacher, args.device)
     parts, pixels = load_parts(original, teacher, args.device), CONFIGS[args.config]["base_pixels"]
 
@@ -1341,7 +1360,7 @@ def run_ablate(args):
         return evaluate(sample_records(model, *parts, records, pixels, seed), records) | relative_errors(model, original, *parts, records[:96], pixels, seed)
 
     def result(name, seed, settings):
-        own = os.path.join(folder, f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}-{seed}")
+        own = row_folder(args, name, seed)
         path = os.path.join(own, "result.json")
         if not os.path.exists(path):
             print(f"ablate: {name}, seed {seed}")
@@ -1377,8 +1396,9 @@ def run_ablate(args):
             better = own["overall"] > than["overall"], own["noise"] < than["noise"], own["mixers"] < than["mixers"]
             order = "" if not paper else "higher" if paper > table[other]["paper"] else "lower"
             versus.append(f"| {name} | {other} | " + " | ".join(f"{won.sum()} of {len(seeds)}" for won in better) + f" | {order} |")
-        write_atomically(os.path.join(folder, "table.json"), lambda path: open(path, "w").write(json.dumps(table, indent=1)))
-        write_atomically(os.path.join(folder, "table.md"), lambda path: open(path, "w").write("\n".join(lines + versus) + "\n"))
+        with one_at_a_time(folder):
+            write_atomically(os.path.join(folder, "table.json"), lambda path: open(path, "w").write(json.dumps(table, indent=1)))
+            write_atomically(os.path.join(folder, "table.md"), lambda path: open(path, "w").write("\n".join(lines + versus) + "\n"))
     print("\n".join(lines + versus))
 
 
@@ -1444,12 +1464,13 @@ def run_figures(args):
         lines = {label: np.mean([run["mixers"] for run in own], axis=0).tolist()
                  for label, own in zip(("kd, without teacher forcing", "kd, with teacher forcing"), runs.values())}
         teacher = teacher_folder(args)
-        original, records = load_denoiser(teacher, args.device), heldout_records(96, args.seed)
-        errors = [relative_errors(load_denoiser(forced, args.device), original, *load_parts(original, teacher, args.device), records,
-                                  CONFIGS[args.config]["base_pixels"], args.seed)
-                  for forced in glob.glob(os.path.join(args.out, "ablate", "teacher-forcing-t2md-*", "forcing"))]
-        for label, key in (("on its own hidden states", "mixers"), ("on the teacher's", "forced")):
-            lines["forcing alone, " + label] = np.mean([error[key] for error in errors], axis=0).tolist()
+        original = load_denoiser(teacher, args.device)
+        parts, records, base = load_parts(original, teacher, args.device), heldout_records(96, args.seed), CONFIGS[args.config]["base_pixels"]
+        errors = [relative_errors(load_denoiser(forced, args.device), original, *parts, records, base, args.seed)
+                  for forced in glob.glob(os.path.join(row_folder(args, "+ teacher forcing: T2MD", "*"), "forcing"))]
+        if errors:
+            for label, key in (("on its own hidden states", "mixers"), ("on the teacher's", "forced")):
+                lines["forcing alone, " + label] = np.mean([error[key] for error in errors], axis=0).tolist()
         line_chart(os.path.join(args.out, "depth.png"), lines, "relative error of each block's mixer output, by depth")
         print(os.path.join(args.out, "depth.png"))
 
