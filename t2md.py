@@ -1,11 +1,11 @@
 """T2MD: Diffusion Transformer-to-Mamba Distillation (Yao et al.), model and losses in one file.
 
-The method in six lines. A diffusion transformer (the teacher, PixArt-alpha) predicts the noise in a
-latent image. The student is the same backbone in which most self-attention layers are replaced by
-bidirectional Mamba-2 layers, whose cost is linear in the number of image tokens. First each Mamba layer
-alone learns to imitate the attention layer it replaces, fed with the teacher's activations (forcing); then
-all token mixers learn together from the teacher's noise and features (kd); then the whole student is adapted
-to a new positional embedding, VAE and text encoder and fine-tuned at ever higher resolution (train.py).
+The method in six lines. A diffusion transformer (the teacher, PixArt-alpha) predicts the noise in a latent
+image. The student is the same backbone in which most self-attention layers are replaced by bidirectional
+Mamba-2 layers, whose cost is linear in the number of image tokens. First each Mamba layer alone learns to
+imitate the attention layer it replaces, fed with the teacher's activations (forcing); then all token mixers
+learn together from the teacher's noise and features (kd); then the whole student is adapted to a new
+positional embedding, VAE and text encoder and fine-tuned at ever higher resolution (train.py).
 
 Every network here predicts the noise epsilon. Every squared norm is a MEAN over elements.
 
@@ -20,15 +20,17 @@ Glossary                 code                    paper / Mamba-2
   decay, step            A, dt                   A, Delta
 
 Sections: 1 frozen components (VAE, TextEncoder) - 2 positional embeddings - 3 the state space recurrence
-(ssd_recurrence, ssd) - 4 token mixers - 5 the backbone (T2MD) - 6 losses, equations 6 to 11.
+(ssd_recurrence, ssd) - 4 token mixers - 5 the backbone (T2MD) - 6 losses, equations 6 to 11 - 7 weights from
+a teacher - 8 how the scan is made fast. The first six are the method, to be read in order; the last two
+serve them.
 """
 
+import glob
 import json
 import math
 import os
 import sys
-from functools import lru_cache
-from typing import NamedTuple
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -39,60 +41,48 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from transformers import AutoTokenizer, T5EncoderModel
 
-# ----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # 1. Frozen components
-# ----------------------------------------------------------------------------------------------------------
-
-
-def load_part(cls, path, subfolder, **kwargs):
-    """`cls.from_pretrained` on a pipeline's `subfolder`, or on `path` itself where there is no such part.
-
-    What looks like a path never touches the network; "owner/name" that is no folder is a Hugging Face repository.
-    Raises FileNotFoundError, in one sentence, if there is nothing that `cls` can read, or only half of it.
-    """
-    what = subfolder.replace("_", " ")
-    if os.path.isdir(path):
-        inside = os.path.join(path, subfolder)
-        places = [dict(pretrained_model_name_or_path=inside if os.path.isdir(inside) else path)]
-    elif os.path.isabs(path) or path.count("/") != 1 or path.startswith("."):
-        raise FileNotFoundError(f"there is no folder {path!r} to load a {what} from")
-    else:
-        places = [dict(pretrained_model_name_or_path=path, subfolder=subfolder), dict(pretrained_model_name_or_path=path)]
-    for place in places:
-        try:
-            part = cls.from_pretrained(**place, **kwargs)
-            if any(w.is_meta for w in getattr(part, "parameters", list)()):  # diffusers leaves empty what it does not find
-                raise ValueError("its weights are another model's")
-            return part
-        except Exception as error:  # the libraries raise anything from OSError to SafetensorError
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    raise FileNotFoundError(f"no {what} could be loaded from {path!r}: {reason}")
+# ---------------------------------------------------------------------------------------------------
 
 
 class VAE:
     """A frozen AutoencoderKL (SD1.5's, SDXL's or a small one), in the latent units the denoiser works in.
 
     Agrees with diffusers' pipelines: latents are multiplied by the VAE's own `scaling_factor` (and shifted
-    by its `shift_factor` where it has one); neither is ever a literal here.
+    by its `shift_factor` where it has one); neither is ever a literal here. Never runs in an autocast around
+    it.
 
     Args:
         path_or_repo: a folder or repository with the VAE, or a whole pipeline that has one under `vae/`.
     Attributes:
         factor: image pixels per latent pixel, along one side.  channels: latent channels.
-    Raises FileNotFoundError if there is no VAE at `path_or_repo`.
+        source: path_or_repo.
+    Raises OSError if there is no VAE at `path_or_repo`, ValueError if it is not readable.
     """
 
     def __init__(self, path_or_repo, device="cpu", dtype=torch.float32):
-        self.model = load_part(AutoencoderKL, path_or_repo, "vae", torch_dtype=dtype).to(device).eval().requires_grad_(False)
+        self.source = path_or_repo
+        self.model = load_part(AutoencoderKL, path_or_repo, "vae", torch_dtype=dtype)
+        self.model = self.model.to(device).eval().requires_grad_(False)
         config = self.model.config
         self.factor = 2 ** (len(config.block_out_channels) - 1)
         self.channels = config.latent_channels
         self.scale, self.shift = config.scaling_factor, config.shift_factor or 0.0
 
+    def in_tiles(self, tile, side):
+        """Encode or decode next in tiles of `tile` pixels if an image's longer `side` exceeds them (None:
+        never)."""
+        self.model.use_tiling = tile is not None and side > tile
+        if self.model.use_tiling:
+            self.model.tile_sample_min_size, self.model.tile_latent_min_size = tile, tile // self.factor
+        return torch.autocast(self.model.device.type, enabled=False)
+
     @torch.no_grad()
-    def moments(self, images):
+    def moments(self, images, tile=None):
         """Images in [-1, 1], (B, 3, h, w) -> mean and standard deviation of q(z|x), each (B, C, h/f, w/f)."""
-        q = self.model.encode(images.to(self.model.device, self.model.dtype)).latent_dist
+        with self.in_tiles(tile, max(images.shape[-2:])):
+            q = self.model.encode(images.to(self.model.device, self.model.dtype)).latent_dist
         return (q.mean.float() - self.shift) * self.scale, q.std.float() * self.scale
 
     @torch.no_grad()
@@ -102,22 +92,25 @@ class VAE:
         A side longer than `tile` pixels is decoded in overlapping, blended tiles (diffusers' tiled decode),
         so that memory does not grow with the image; smaller tiles leave seams in flat skies.
         """
-        self.model.use_tiling = max(latents.shape[-2:]) * self.factor > tile
-        self.model.tile_sample_min_size, self.model.tile_latent_min_size = tile, tile // self.factor
         latents = (latents / self.scale + self.shift).to(self.model.device, self.model.dtype)
-        return self.model.decode(latents).sample.float().clamp(-1, 1)
+        with self.in_tiles(tile, max(latents.shape[-2:]) * self.factor):
+            return self.model.decode(latents).sample.float().clamp(-1, 1)
 
 
 class TextEncoder:
-    """A frozen T5 encoder with its tokenizer.
+    """A frozen T5 encoder with its tokenizer. Captions are lower-cased and stripped, as in diffusers'
+    pipelines.
 
     Args:
         path_or_repo: a folder or repository with both, or a pipeline with `text_encoder/` and `tokenizer/`.
         max_length: tokens kept of a caption (PixArt-alpha: 120); what is longer is truncated, and said.
-    Raises FileNotFoundError if there is no T5 encoder or tokenizer at `path_or_repo`.
+    Attributes: source: path_or_repo.  width: of the features.
+    Raises OSError if there is no T5 encoder or tokenizer at `path_or_repo`, ValueError if one is not
+    readable.
     """
 
     def __init__(self, path_or_repo, max_length=120, device="cpu", dtype=torch.float32):
+        self.source = path_or_repo
         self.tokenizer = load_part(AutoTokenizer, path_or_repo, "tokenizer")
         self.model = load_part(T5EncoderModel, path_or_repo, "text_encoder", dtype=dtype)
         self.model = self.model.to(device).eval().requires_grad_(False)
@@ -125,23 +118,31 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, captions):
-        """List of B captions -> features (B, T, width) and mask (B, T), 1 where there is a token, T <= max_length.
+        """List of B captions -> features (B, T, width) and mask (B, T), 1 where there is a token, T <=
+        max_length.
 
         T is the longest caption's length: what pads it to 120 in diffusers' pipeline is masked there anyway.
         """
-        tokens = self.tokenizer(list(captions), padding="longest", truncation=False, return_tensors="pt")
-        if tokens.input_ids.shape[1] > self.max_length:
-            print(f"a prompt of {tokens.input_ids.shape[1]} tokens was truncated to the {self.max_length} the text encoder takes",
-                  file=sys.stderr)
-            tokens = self.tokenizer(list(captions), padding="longest", truncation=True, max_length=self.max_length, return_tensors="pt")
+        tokenize = partial(
+            self.tokenizer, [caption.lower().strip() for caption in captions], return_tensors="pt"
+        )
+        tokens = tokenize(padding="longest", truncation=False)
+        length = tokens.input_ids.shape[1]
+        if length > self.max_length:
+            print(
+                f"a prompt of {length} tokens was truncated to the {self.max_length} the text encoder takes",
+                file=sys.stderr,
+            )
+            tokens = tokenize(padding="longest", truncation=True, max_length=self.max_length)
         tokens = tokens.to(self.model.device)
-        features = self.model(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        with torch.autocast(self.model.device.type, enabled=False):
+            features = self.model(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         return features, tokens.attention_mask
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # 2. Positional embeddings: 2-D sine-cosine, half the channels for x, half for y
-# ----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 
 
 def sincos(positions, channels):
@@ -164,7 +165,10 @@ def pixart_coordinates(H, W, base, interpolation_scale):
 
     Must agree with diffusers' `PatchEmbed`. base is the token side of the trained resolution.
     """
-    axis = lambda n: torch.arange(n, dtype=torch.float32) / (n / base) / interpolation_scale
+
+    def axis(n):
+        return torch.arange(n, dtype=torch.float32) / (n / base) / interpolation_scale
+
     return axis(H), axis(W)
 
 
@@ -175,7 +179,10 @@ def centered_coordinates(H, W, base, interpolation_scale):
     coordinates: this is what zero-shot 4K rests on. The factor base / interpolation_scale (our choice)
     gives neighbours at the trained resolution the distance that they had for the teacher.
     """
-    axis = lambda n: (torch.arange(n, dtype=torch.float64) - (n - 1) / 2) / max(H, W) * base / interpolation_scale
+
+    def axis(n):
+        return (torch.arange(n, dtype=torch.float64) - (n - 1) / 2) / max(H, W) * base / interpolation_scale
+
     return axis(H), axis(W)
 
 
@@ -185,19 +192,23 @@ COORDINATES = {"pixart": pixart_coordinates, "centered": centered_coordinates}
 @lru_cache(maxsize=16)
 def position_embedding(kind, H, W, width, base, interpolation_scale, device, dtype):
     """(H*W, width); depends on the grid only, so it is computed once per size and never stored."""
-    return grid_embedding(*COORDINATES[kind](H, W, base, interpolation_scale), width).float().to(device, dtype)
+    return (
+        grid_embedding(*COORDINATES[kind](H, W, base, interpolation_scale), width).float().to(device, dtype)
+    )
 
 
 def sinusoid(values, channels=256):
     """Times (B,) -> (B, channels): cosines then sines, as diffusers' `Timesteps(flip_sin_to_cos=True)`."""
-    frequencies = torch.exp(-math.log(10000) * torch.arange(channels // 2, device=values.device) / (channels // 2))
+    frequencies = torch.exp(
+        -math.log(10000) * torch.arange(channels // 2, device=values.device) / (channels // 2)
+    )
     angles = values[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # 3. The state space recurrence
-# ----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 
 
 def ssd_recurrence(x, dt, A, B, C, D=None):
@@ -231,143 +242,29 @@ def ssd(x, dt, A, B, C, chunk_size, D=None):
         y_i = sum_{j <= i} (C_i . B_j) exp(s_i - s_j) u_j  +  exp(s_i) C_i^T state_in
         state_out = exp(s_last) state_in + sum_j exp(s_last - s_j) B_j u_j^T
 
-    so inside a chunk it is causal attention without a softmax, (G * L) u with G = C B^T (one for all heads of a
-    group) and L_ij = exp(s_i - s_j), and between chunks a short recurrence. Every exponent is <= 0, so strong
-    decay underflows to zero and nothing overflows. Decay sums and states are kept in float32 (or float64),
-    whatever the dtype of x. Memory: one chunk's matrices at a time; for the backward pass, a state per chunk.
+    so inside a chunk it is causal attention without a softmax, (G * L) u with G = C B^T (one for all heads
+    of a group) and L_ij = exp(s_i - s_j), and between chunks a short recurrence. Every exponent is <= 0, so
+    strong decay underflows to zero and nothing overflows. Decay sums and states are kept in float32 (or
+    float64), whatever the dtype of x. Memory: one chunk's matrices at a time; for the backward pass, a state
+    per chunk.
     """
     precise, g = torch.promote_types(x.dtype, torch.float32), B.shape[2]
-    by_group = lambda v, dim: None if v is None else v.unflatten(dim, (g, -1))
-    return ChunkScan.apply(by_group(x, 2), by_group(dt.to(precise), 2), by_group(A.to(precise), 0), B, C, by_group(D, 0),
-                           chunk_size).flatten(2, 3)
+
+    def by_group(v, dim):
+        return None if v is None else v.unflatten(dim, (g, -1))
+
+    x, dt, A, D = by_group(x, 2), by_group(dt.to(precise), 2), by_group(A.to(precise), 0), by_group(D, 0)
+    return ChunkScan.apply(x, dt, A, B, C, D, chunk_size).flatten(2, 3)
 
 
-class ChunkScan(torch.autograd.Function):
-    """`ssd` with its heads by group: x (b, l, g, r, p), dt (b, l, g, r), A and D (g, r), B and C (b, l, g, n) -> y like x,
-    where r heads share each of the g groups. Subscripts below: i reads, j <= i is read, both inside one chunk.
-
-    The gradient is written out because autograd would keep every chunk's matrices: it goes from the last chunk to
-    the first, makes their matrices again and carries the state's gradient. States are (b, g, r, p, n).
-    """
-
-    @staticmethod
-    def chunk(x, dt, A, B, C):
-        """One chunk's u (b, c, g, r, p), decay sums s (b, g, r, c), G (b, g, 1, c, c) and L (b, g, r, c, c); where j > i,
-        G is 0 and L 1."""
-        s = (dt * A).permute(0, 2, 3, 1).contiguous().cumsum(-1)
-        L = (s[..., :, None] - s[..., None, :]).clamp_(max=0).exp_()
-        G = torch.einsum("bign,bjgn->bgij", C, B).tril_()[:, :, None]
-        return x * dt[..., None].to(x.dtype), s, G, L
-
-    @staticmethod
-    def decays(s, dtype):
-        """From the chunk's start to i, and from j to its end: both (b, c, g, r, 1)."""
-        return [v.exp().permute(0, 3, 1, 2)[..., None].to(dtype) for v in (s, s[..., -1:] - s)]
-
-    @staticmethod
-    def forward(ctx, x, dt, A, B, C, D, chunk_size):
-        y, states, state = torch.empty_like(x), [], None
-        for k, (yc, xc, dtc, Bc, Cc) in enumerate(zip(*(v.split(chunk_size, dim=1) for v in (y, x, dt, B, C))), start=1):
-            u, s, G, L = ChunkScan.chunk(xc, dtc, A, Bc, Cc)
-            from_start, to_end = ChunkScan.decays(s, x.dtype)
-            yc.copy_(torch.einsum("bgrij,bjgrp->bigrp", L.mul_(G).to(x.dtype), u))
-            if state is not None:
-                yc.addcmul_(from_start, torch.einsum("bign,bgrpn->bigrp", Cc, state.to(x.dtype)))
-            if D is not None:
-                yc.addcmul_(D.to(x.dtype)[..., None], xc)
-            if any(ctx.needs_input_grad):
-                states.append(state)
-            if k * chunk_size < x.shape[1]:  # nobody reads the last chunk's state
-                written = torch.einsum("bjgrp,bjgn->bgrpn", u.mul_(to_end), Bc).to(s.dtype)
-                state = written if state is None else written.addcmul_(s[..., -1].exp()[..., None, None], state)
-        if any(ctx.needs_input_grad):
-            ctx.save_for_backward(x, dt, A, B, C, D, y, *states)
-        ctx.chunk_size = chunk_size
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        x, dt, A, B, C, D, y, *states = ctx.saved_tensors
-        chunks = zip(*(v.split(ctx.chunk_size, dim=1) for v in (x, dt, B, C, y, dy)), states, [*states[1:], None])
-        gradients, dstate = [], None  # dstate: of the state that leaves the chunk
-        dA, dD = (None if v is None else torch.zeros_like(v) for v in (A, D))
-        for xc, dtc, Bc, Cc, yc, dyc, state, state_out in reversed(list(chunks)):
-            u, s, G, L = ChunkScan.chunk(xc, dtc, A, Bc, Cc)
-            from_start, to_end = ChunkScan.decays(s, x.dtype)
-            dG = torch.einsum("bigrp,bjgrp->bgrij", dyc, u).mul(L).sum(2).tril_().to(x.dtype)
-            du = torch.einsum("bgrij,bigrp->bjgrp", L.mul_(G).to(x.dtype), dyc)
-            dB = torch.einsum("bgij,bign->bjgn", dG, Cc)
-            dC = torch.einsum("bgij,bjgn->bign", dG, Bc)
-            dstate_in = None
-            if state is not None:
-                dread = from_start * dyc
-                dC = dC + torch.einsum("bigrp,bgrpn->bign", dread, state.to(x.dtype))
-                dstate_in = torch.einsum("bigrp,bign->bgrpn", dread, Cc).to(s.dtype)
-            if dstate is not None:
-                du = torch.addcmul(du, to_end, torch.einsum("bjgn,bgrpn->bjgrp", Bc, dstate.to(x.dtype)))
-                dB = dB + torch.einsum("bjgrp,bgrpn->bjgn", to_end * u, dstate.to(x.dtype))
-            dx, ddt = du * dtc[..., None].to(x.dtype), (du.to(s.dtype) * xc).sum(-1)
-            if D is not None:
-                dx.addcmul_(D.to(x.dtype)[..., None], dyc)
-                dD += (dyc.to(s.dtype) * xc).sum((0, 1, 4))
-            # s_i scales all that y_i reads, -s_j all that is read of u_j (D's share of dy y and dx x cancels), s_last the
-            # state that leaves
-            ds = (dyc.to(s.dtype) * yc).sum(-1) - (dx.to(s.dtype) * xc).sum(-1)
-            if dstate is not None:
-                ds[:, -1] += (dstate * state_out).sum((3, 4))
-                if dstate_in is not None:
-                    dstate_in.addcmul_(s[..., -1].exp()[..., None, None], dstate)
-            dstate = dstate_in
-            ddecay = ds.flip(1).cumsum(1).flip(1)
-            dA += (dtc * ddecay).sum((0, 1))
-            gradients.append((dx, ddt + A * ddecay, dB, dC))
-        dx, ddt, dB, dC = (torch.cat(parts[::-1], dim=1) for parts in zip(*gradients))
-        return dx, ddt, dA, dB, dC, dD, None
-
-
-# Optional kernels: mamba-ssm (https://github.com/state-spaces/mamba) and flash-attn. Both are written for CUDA;
-# mamba-ssm's are pure Triton and run, slowly, on a CPU in Triton's interpreter.
-KERNEL_DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
-mamba_scan = flash_attention = None
-if torch.cuda.is_available() or "cpu" in KERNEL_DEVICES:
-    try:
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as mamba_scan
-    except ImportError:
-        pass
-    try:
-        from flash_attn import flash_attn_func as flash_attention
-    except ImportError:
-        pass
-
-
-@torch.library.custom_op("t2md::mamba_scan", mutates_args=())
-def compiled_mamba_scan(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, chunk_size: int,
-                        D: torch.Tensor) -> torch.Tensor:
-    """mamba-ssm's scan as one opaque operator, so that torch.compile does not break a block's graph at it. No gradient."""
-    return mamba_scan(x, dt, A, B, C, chunk_size, D=D)
-
-
-@compiled_mamba_scan.register_fake
-def _(x, *_):
-    return x.new_empty(x.shape)
-
-
-@lru_cache(maxsize=None)
-def say_kernels(device_type):
-    """Say once, on stderr, which path a device takes."""
-    fast = device_type in KERNEL_DEVICES
-    print(f"t2md on {device_type}: scan by {'mamba-ssm' if fast and mamba_scan else 'plain PyTorch'}, "
-          f"attention by {'flash-attn' if fast and flash_attention else 'PyTorch SDPA'}", file=sys.stderr)
-
-
-# ----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # 4. Token mixers
-# ----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 
 
 class GatedRMSNorm(nn.Module):
-    """RMSNorm(y * SiLU(z)) with a learned weight, in float32, each group on its own; mamba-ssm's `RMSNormGated`."""
+    """RMSNorm(y * SiLU(z)) with a learned weight, in float32, each group on its own; mamba-ssm's
+    `RMSNormGated`."""
 
     def __init__(self, width, groups=1, eps=1e-5):
         super().__init__()
@@ -386,7 +283,7 @@ class Mamba2(nn.Module):
     Parameter names and shapes are those of mamba-ssm's `Mamba2` and transformers' `Mamba2Mixer`, so that
     weights move between them unchanged.
 
-    Args: width d; d_state N; expand (inner width = expand * d); head_dim P; d_conv; n_groups; chunk_size (on a GPU).
+    Args: width d; d_state N; expand (inner width / d); head_dim P; d_conv; n_groups; chunk_size (on a GPU).
     Raises ValueError if the inner width is no multiple of head_dim or the heads no multiple of n_groups.
     """
 
@@ -394,7 +291,8 @@ class Mamba2(nn.Module):
         super().__init__()
         inner = expand * width
         if inner % head_dim or (inner // head_dim) % n_groups:
-            raise ValueError(f"expand * width = {inner} must be whole heads of {head_dim}, a multiple of n_groups = {n_groups}")
+            heads = f"whole heads of {head_dim}, a multiple of n_groups = {n_groups}"
+            raise ValueError(f"expand * width = {inner} must be {heads}")
         self.d_state, self.head_dim, self.n_groups, self.chunk_size = d_state, head_dim, n_groups, chunk_size
         self.n_heads = inner // head_dim
         conv_width = inner + 2 * n_groups * d_state
@@ -417,14 +315,21 @@ class Mamba2(nn.Module):
         self.D.fill_(1.0)
 
     def scan(self, xBC, dt):
-        """Convolution and recurrence: xBC (b, l, conv_width), dt (b, l, n_heads) -> y (b, l, inner)."""
+        """Convolution, recurrence: xBC (b, l, conv_width), dt (b, l, n_heads) -> y (b, l, inner)."""
         b, l, _ = xBC.shape
-        # The causal depthwise conv1d, as a 2-D one over a line of pixels: a token's channels stay side by side in
+        # The causal depthwise conv1d, as a 2-D one over a line of pixels: a token's channels stay together in
         # memory (channels last), which saves the transposes and is 3x faster on a CPU.
         conv = self.conv1d
-        xBC = F.conv2d(xBC.transpose(1, 2)[:, :, None], conv.weight[:, :, None], conv.bias, padding=(0, *conv.padding), groups=conv.groups)
+        xBC = F.conv2d(
+            xBC.transpose(1, 2)[:, :, None],
+            conv.weight[:, :, None],
+            conv.bias,
+            padding=(0, *conv.padding),
+            groups=conv.groups,
+        )
         xBC = F.silu(xBC[:, :, 0, :l].transpose(1, 2))
-        x, B, C = xBC.split([xBC.shape[-1] - 2 * self.n_groups * self.d_state] + [self.n_groups * self.d_state] * 2, dim=-1)
+        states = self.n_groups * self.d_state
+        x, B, C = xBC.split([xBC.shape[-1] - 2 * states, states, states], dim=-1)
         precise = torch.promote_types(dt.dtype, torch.float32)
         dt = F.softplus(dt.to(precise) + self.dt_bias.to(precise))
         A = -self.A_log.to(precise).exp()
@@ -475,11 +380,11 @@ class MambaMixer(nn.Module):
 
     @torch.no_grad()
     def copy_attention(self, attention):
-        """Mamba-in-the-Llama's initialisation from a self-attention layer: C <- W_q, B <- W_k, x <- W_v, out_proj <- W_o.
+        """Mamba-in-the-Llama's initialisation: C <- W_q, B <- W_k, x <- W_v, out_proj <- W_o.
 
-        Takes a mixer of the attention's geometry (expand 1, groups = heads, state = head width); the rest keeps its own
-        initialisation, but `fuse` starts as the mean of both directions plus W_o's bias. Those of W_q, W_k and W_v are
-        dropped: in_proj has none.
+        Takes a mixer of the attention's geometry (expand 1, groups = heads, state = head width); the rest
+        keeps its own initialisation, but `fuse` starts as the mean of both directions plus W_o's bias. Those
+        of W_q, W_k and W_v are dropped: in_proj has none.
         """
         m, a = self.mamba, attention
         z, _, dt = m.in_proj.weight.split(m.split_sizes)
@@ -491,7 +396,7 @@ class MambaMixer(nn.Module):
 
     @torch.no_grad()
     def fold(self):
-        """For sampling: `fuse` after `out_proj` is one linear map; make it one. What is folded is not saved any more."""
+        """For sampling: `fuse` after `out_proj` is one linear map; make it one, not to be saved."""
         if self.both:
             out = self.mamba.out_proj
             out.weight, out.bias = nn.Parameter(self.fuse.weight @ out.weight), self.fuse.bias
@@ -499,18 +404,23 @@ class MambaMixer(nn.Module):
 
 
 def attention(q, k, v, heads, mask=None):
-    """Multi-head softmax attention: q (B, L, d), k and v (B, T, d), mask broadcastable to (B, heads, L, T)."""
+    """Multi-head softmax attention: q (B, L, d), k, v (B, T, d), mask that broadcasts to (B, heads, L, T)."""
     q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q, k, v))  # (B, L, heads, d/heads)
-    if flash_attention is not None and q.is_cuda and mask is None and q.dtype in (torch.float16, torch.bfloat16):
+    if (
+        flash_attention is not None
+        and q.is_cuda
+        and mask is None
+        and q.dtype in (torch.float16, torch.bfloat16)
+    ):
         return flash_attention(q, k, v).flatten(2)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):
-    """Self-attention (mixer `S`) or, given the keys and values of a text, cross-attention; diffusers' names.
+    """Self-attention (mixer `S`) or, given a text, cross-attention to it; diffusers' parameter names.
 
-    Attributes: float32, False; True keeps softmax(q k^T) v out of autocast, as PixArt does in training's self-attention.
+    Attributes: float32, False; True keeps softmax(q k^T) v out of autocast, as PixArt trains.
     """
 
     float32 = False
@@ -521,21 +431,26 @@ class Attention(nn.Module):
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
-    def keys_values(self, source):
-        return self.to_k(source), self.to_v(source)
-
-    def forward(self, x, grid=None, keys_values=None, mask=None):
-        qkv = self.to_q(x), *(keys_values or self.keys_values(x))
+    def forward(self, x, grid=None, text=None, mask=None):
+        """x (B, L, d) [, text (B, T, d), mask broadcastable to (B, heads, L, T)] -> (B, L, d)."""
+        source = x if text is None else text
+        q, k, v = self.to_q(x), self.to_k(source), self.to_v(source)
         if not self.float32:
-            return self.to_out[0](attention(*qkv, self.heads, mask))
+            return self.to_out[0](attention(q, k, v, self.heads, mask))
         with torch.autocast(x.device.type, enabled=False):
-            mixed = attention(*(v.float() for v in qkv), self.heads, mask)
-        return self.to_out[0](mixed.to(qkv[0].dtype))
+            mixed = attention(q.float(), k.float(), v.float(), self.heads, mask)
+        return self.to_out[0](mixed.to(q.dtype))
 
 
-# ----------------------------------------------------------------------------------------------------------
+# A letter of a pattern -> what makes its mixer: module(tokens (B, L, width), grid (H, W)) -> (B, L, width)
+MIXERS = {
+    "S": lambda letter, width, heads, mamba: Attention(width, heads),
+    **dict.fromkeys("HW><v^", lambda letter, width, heads, mamba: MambaMixer(letter, width, **mamba)),
+}
+
+# ---------------------------------------------------------------------------------------------------
 # 5. The backbone
-# ----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 
 
 class MLP(nn.Module):
@@ -566,8 +481,9 @@ def modulate(h, shift, scale):
 
 
 class PaddingTokens(nn.Module):
-    """DiM's padding: 3 learned tokens end each row and each column, so that a convolution of 4 does not reach from one
-    line into the next. The grid (H, W) becomes (H + 3, W + 3): rows end in p0, p1, p2; row H + k is p_k up to there."""
+    """DiM's padding: 3 learned tokens end each row and each column, so that a convolution of 4 does not
+    reach from one line into the next. The grid (H, W) becomes (H + 3, W + 3): rows end in p0, p1, p2; row H
+    + k is p_k up to there."""
 
     def __init__(self, width):
         super().__init__()
@@ -578,16 +494,22 @@ class PaddingTokens(nn.Module):
         (H, W), (B, _, d) = grid, h.shape
         below = self.tokens[:, None].expand(B, 3, W, d)
         beside = self.tokens.expand(B, H + 3, 3, d)
-        return torch.cat([torch.cat([h.unflatten(1, grid), below], dim=1), beside], dim=2).flatten(1, 2), (H + 3, W + 3)
+        h = torch.cat([torch.cat([h.unflatten(1, grid), below], dim=1), beside], dim=2)
+        return h.flatten(1, 2), (H + 3, W + 3)
 
     @staticmethod
     def remove(h, grid):
-        """(B, (H+3) * (W+3), d) and the padded grid -> (B, H * W, d)."""
-        return h.unflatten(1, grid)[:, :-3, :-3].flatten(1, 2)
+        """(B, (H+3) * (W+3), d) and the padded grid -> (B, H * W, d) and its grid."""
+        return h.unflatten(1, grid)[:, :-3, :-3].flatten(1, 2), (grid[0] - 3, grid[1] - 3)
+
+    def hide_from(self, visit, grid):
+        """`visit` as T2MD calls it, given a padded grid -> one that sees no padding."""
+        return lambda n, *ends: visit(n, *(self.remove(end, grid)[0] for end in ends))
 
 
 class LocalEnhancement(nn.Module):
-    """DiM's depthwise 3x3 convolution over the grid of tokens, (B, H * W, d) -> the same; starts as the identity."""
+    """DiM's depthwise 3x3 convolution over the grid of tokens, (B, H * W, d) -> the same; starts as the
+    identity."""
 
     def __init__(self, width):
         super().__init__()
@@ -599,35 +521,31 @@ class LocalEnhancement(nn.Module):
         return self.conv(h.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
 
 
-class ProjectedText(NamedTuple):
-    """A caption as the blocks read it: for each, the keys and values (B, T, d) of its cross-attention; and their mask."""
-
-    keys_values: list
-    mask: torch.Tensor | None
-
-
 class Block(nn.Module):
     """One PixArt block around any token mixer (Fig. 2):
 
-        h = h + gate1 * Mixer(LN(h) * (1 + scale1) + shift1)
-        h = h + CrossAttention(h, text)
-        h = h + gate2 * MLP(LN(h) * (1 + scale2) + shift2)
+    h = h + gate1 * Mixer(LN(h) * (1 + scale1) + shift1)
+    h = h + CrossAttention(h, text)
+    h = h + gate2 * MLP(LN(h) * (1 + scale2) + shift2)
     """
 
     def __init__(self, letter, width, heads, mlp_ratio, mamba):
         super().__init__()
-        self.mixer = Attention(width, heads) if letter == "S" else MambaMixer(letter, width, **mamba)
+        self.mixer = MIXERS[letter](letter, width, heads, mamba)
         self.cross_attention = Attention(width, heads)
         self.mlp = MLP(width, mlp_ratio * width, width)
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
 
     def forward(self, h, time, text, mask, grid):
-        """h (B, L, d), time (B, 6, d), text: keys and values (B, T, d) -> new h, and the mixer's input and output, all (B, L, d)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + time).chunk(6, dim=1)  # (B, 1, d)
+        """h (B, L, d), time (B, 6, d), text (B, T, d) -> new h, and the mixer's input and output, all (B, L,
+        d)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + time).chunk(
+            6, dim=1
+        )  # (B, 1, d)
         mixer_input = modulate(h, shift1, scale1)
         mixer_output = self.mixer(mixer_input, grid)
         h = h + gate1 * mixer_output
-        h = h + self.cross_attention(h, keys_values=text, mask=mask)
+        h = h + self.cross_attention(h, text=text, mask=mask)
         h = h + gate2 * self.mlp(modulate(h, shift2, scale2))
         return h, mixer_input, mixer_output
 
@@ -646,9 +564,9 @@ class T2MD(ModelMixin, ConfigMixin):
         caption_width: width of the text encoder's features.
         d_state, expand, head_dim, d_conv, n_groups, chunk_size: Mamba-2's (N, expansion, P, ...).
         pos_embed: "centered" (any size, zero-shot resolution) or "pixart" (the teacher's index grid).
-        sample_size: latent side it was last trained at (64 -> 512 px with an 8x VAE) and is sampled at by default.
-        interpolation_scale: coordinates run over sample_size / patch_size / interpolation_scale, so a size twice as large
-            with twice the scale has the same ones; diffusers' default, max(sample_size // 64, 1), if None.
+        sample_size: latent side it was last trained at (64 -> 512 px with an 8x VAE) and is sampled at.
+        interpolation_scale: coordinates run over sample_size / patch_size / interpolation_scale, so a size
+            twice as large with twice the scale has the same; max(sample_size // 64, 1) if None, as diffusers.
         use_additional_conditions: PixArt 1024's size and aspect embeddings; True at sample_size 128 if None.
         beta_schedule: "linear" (teacher) or "scaled_linear" (quadratic, after adaptation), for the sampler.
         padding_tokens, local_enhancement: DiM's, off in T2MD; see `PaddingTokens` and `LocalEnhancement`.
@@ -657,26 +575,30 @@ class T2MD(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = _repeated_blocks = ["Block"]  # the latter is what diffusers' compile_repeated_blocks compiles
+    _no_split_modules = _repeated_blocks = ["Block"]  # the latter for diffusers' compile_repeated_blocks
 
+    # fmt: off
     @register_to_config
     def __init__(self, pattern="SHWHWHW" * 4, width=1152, heads=16, mlp_ratio=4, patch_size=2, in_channels=4,
                  out_channels=4, caption_width=4096, d_state=256, expand=2, head_dim=64, d_conv=4, n_groups=1,
                  chunk_size=256, pos_embed="centered", sample_size=64, interpolation_scale=None,
-                 use_additional_conditions=None, beta_schedule="linear", padding_tokens=False, local_enhancement=False,
-                 vae=None, text_encoder=None):
+                 use_additional_conditions=None, beta_schedule="linear", padding_tokens=False,
+                 local_enhancement=False, vae=None, text_encoder=None):
+        # fmt: on
         super().__init__()
-        if not pattern or set(pattern) - set("SHW><v^"):
-            raise ValueError(f"pattern {pattern!r} must be made of the letters S H W > < v ^, one for each block")
+        if not pattern or set(pattern) - set(MIXERS):
+            raise ValueError(f"pattern {pattern!r} must be made of the letters {' '.join(MIXERS)}")
         if pos_embed not in COORDINATES or beta_schedule not in ("linear", "scaled_linear"):
             raise ValueError(f"unknown pos_embed {pos_embed!r} or beta_schedule {beta_schedule!r}")
         if width % heads or width % 4:
             raise ValueError(f"width {width} must be a multiple of heads = {heads} and of 4")
         self.base = sample_size // patch_size  # tokens along a side at the base resolution
         self.interpolation_scale = interpolation_scale or max(sample_size // 64, 1)
-        self.conditioned_on_size = sample_size == 128 if use_additional_conditions is None else use_additional_conditions
+        conditioned = use_additional_conditions
+        self.conditioned_on_size = sample_size == 128 if conditioned is None else conditioned
         self.gradient_checkpointing = False
-        mamba = dict(d_state=d_state, expand=expand, head_dim=head_dim, d_conv=d_conv, n_groups=n_groups, chunk_size=chunk_size)
+        mamba = dict(d_state=d_state, expand=expand, head_dim=head_dim, d_conv=d_conv, n_groups=n_groups)
+        mamba["chunk_size"] = chunk_size
 
         self.patch_embed = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
         self.caption_projection = MLP(caption_width, width, width)
@@ -715,181 +637,182 @@ class T2MD(ModelMixin, ConfigMixin):
             nn.init.zeros_(block.cross_attention.to_out[0].weight)
         nn.init.zeros_(self.proj_out.weight)
 
-    def project_text(self, encoder_hidden_states, mask=None):
-        """Caption features (B, T, caption_width) and mask -> ProjectedText, which `forward` takes in place of both: it
-        depends on the captions only, so a sampler computes it once for all its steps.
+    def arguments(self):
+        """What this model was made with: T2MD(**model.arguments()) is one like it, with fresh weights."""
+        return {name: value for name, value in self.config.items() if not name.startswith("_")}
 
-        mask: (B, T), 1 = token, 0 = padding; or diffusers' bias (B, 1, T), 0 = keep, -10000 = discard.
-        """
-        text = self.caption_projection(encoder_hidden_states)
-        if mask is not None:
-            mask = mask[:, None, None].bool() if mask.ndim == 2 else mask[:, None].to(text.dtype)
-        return ProjectedText([block.cross_attention.keys_values(text) for block in self.blocks], mask)
+    def tokens(self, hidden_states):
+        """Latents (B, C, h, w) -> tokens with their positions (B, L, d), and their grid (H, W); with DiM's
+        additions, if on."""
+        p, (height, width) = self.config.patch_size, hidden_states.shape[-2:]
+        if height % p or width % p:
+            raise ValueError(f"latents of {height} x {width} cannot be cut into patches of {p} x {p}")
+        h = self.patch_embed(hidden_states)
+        grid, h = tuple(h.shape[-2:]), h.flatten(2).transpose(1, 2)
+        positions = position_embedding(
+            self.config.pos_embed,
+            *grid,
+            self.config.width,
+            self.base,
+            self.interpolation_scale,
+            h.device,
+            h.dtype,
+        )
+        h = h + positions
+        if self.config.local_enhancement:
+            h = self.enhance_first(h, grid)
+        return self.padding.add(h, grid) if self.config.padding_tokens else (h, grid)
 
     def embed_time(self, timestep, batch, added_cond_kwargs=None):
-        """Timesteps (B,) or scalar, and size conditions -> embedding (B, width) and adaLN input (B, 6, width)."""
-        device = self.scale_shift_table.device
-        timestep = torch.as_tensor(timestep, device=device).expand(batch)
+        """Timesteps (B,) or scalar, and size conditions -> embedding (B, width) and adaLN input (B, 6,
+        width)."""
+        timestep = torch.as_tensor(timestep, device=self.scale_shift_table.device).expand(batch)
         embedded = self.timestep_embedder(timestep)
         if self.conditioned_on_size:
             if not added_cond_kwargs or added_cond_kwargs.get("resolution") is None:
-                raise ValueError("this model is conditioned on size: added_cond_kwargs needs resolution (B, 2) and aspect_ratio (B, 1)")
-            resolution = self.resolution_embedder(added_cond_kwargs["resolution"].flatten()).reshape(batch, -1)
-            aspect = self.aspect_ratio_embedder(added_cond_kwargs["aspect_ratio"].flatten()).reshape(batch, -1)
+                needed = "added_cond_kwargs needs resolution (B, 2) and aspect_ratio (B, 1)"
+                raise ValueError(f"this model is conditioned on size: {needed}")
+            resolution = self.resolution_embedder(added_cond_kwargs["resolution"].flatten()).reshape(
+                batch, -1
+            )
+            aspect = self.aspect_ratio_embedder(added_cond_kwargs["aspect_ratio"].flatten()).reshape(
+                batch, -1
+            )
             embedded = embedded + torch.cat([resolution, aspect], dim=1)
         return embedded, self.adaln_single(F.silu(embedded)).unflatten(1, (6, -1))
 
-    def forward(self, hidden_states, encoder_hidden_states, timestep, added_cond_kwargs=None,
-                encoder_attention_mask=None, return_dict=True, visit=None):
+    def latents(self, h, embedded, grid):
+        """Tokens (B, L, d) after the last block, and time's embedding (B, d) -> prediction (B, out_channels,
+        h, w)."""
+        if self.config.padding_tokens:
+            h, grid = self.padding.remove(h, grid)
+        if self.config.local_enhancement:
+            h = self.enhance_last(h, grid)
+        p, (H, W) = self.config.patch_size, grid
+        shift, scale = (self.scale_shift_table + embedded[:, None]).chunk(2, dim=1)  # (B, 1, d)
+        h = self.proj_out(modulate(h, shift, scale)).view(len(h), H, W, p, p, self.config.out_channels)
+        return torch.einsum("nhwpqc->nchpwq", h).reshape(len(h), self.config.out_channels, H * p, W * p)
+
+    def forward(
+        self,
+        hidden_states,
+        encoder_hidden_states,
+        timestep,
+        added_cond_kwargs=None,
+        encoder_attention_mask=None,
+        return_dict=True,
+        visit=None,
+    ):
         """Predict the noise; the signature of diffusers' PixArtTransformer2DModel.
 
         Args:
             hidden_states: noisy latents (B, in_channels, h, w), h and w multiples of patch_size.
-            encoder_hidden_states: caption features (B, T, caption_width), with encoder_attention_mask (B, T); or what
-                `project_text` made of them.
+            encoder_hidden_states: caption features (B, T, caption_width).
+            encoder_attention_mask: (B, T), 1 = token, 0 = padding; or diffusers' bias (B, 1, T).
             timestep: (B,) or a scalar, in [0, 1000).
             added_cond_kwargs: {"resolution": (B, 2) pixels, "aspect_ratio": (B, 1)} for PixArt-1024 weights.
             visit: what distillation needs: called as visit(n, mixer_input, mixer_output), each (B, L, width),
-                when block n has run; without padding tokens.
+                when block n has run.
         Returns Transformer2DModelOutput with `sample` (B, out_channels, h, w), or a 1-tuple.
         Raises ValueError if patch_size does not divide h and w, or size conditions are missing.
         """
         say_kernels(hidden_states.device.type)
-        config, p = self.config, self.config.patch_size
-        batch, _, height, width = hidden_states.shape
-        if height % p or width % p:
-            raise ValueError(f"latents of {height} x {width} cannot be cut into patches of {p} x {p}")
-        grid = H, W = height // p, width // p
-
-        h = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)  # (B, L, d)
-        h = h + position_embedding(config.pos_embed, H, W, config.width, self.base, self.interpolation_scale, h.device, h.dtype)
-        embedded, time = self.embed_time(timestep, batch, added_cond_kwargs)
-        if not isinstance(encoder_hidden_states, ProjectedText):
-            encoder_hidden_states = self.project_text(encoder_hidden_states, encoder_attention_mask)
-        keys_values, mask = encoder_hidden_states
-        if config.local_enhancement:
-            h = self.enhance_first(h, grid)
-        if config.padding_tokens:
-            h, grid = self.padding.add(h, grid)
+        h, grid = self.tokens(hidden_states)  # (B, L, d)
+        embedded, time = self.embed_time(timestep, len(h), added_cond_kwargs)  # (B, d), (B, 6, d)
+        text, mask = self.caption_projection(encoder_hidden_states), encoder_attention_mask  # (B, T, d)
+        if mask is not None:
+            mask = mask[:, None, None].bool() if mask.ndim == 2 else mask[:, None].to(text.dtype)
+        if self.config.padding_tokens and visit is not None:
+            visit = self.padding.hide_from(visit, grid)
 
         for n, block in enumerate(self.blocks):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                h, mixer_input, mixer_output = self._gradient_checkpointing_func(block, h, time, keys_values[n], mask, grid)
-            else:
-                h, mixer_input, mixer_output = block(h, time, keys_values[n], mask, grid)
+                block = partial(self._gradient_checkpointing_func, block)
+            h, mixer_input, mixer_output = block(h, time, text, mask, grid)
             if visit is not None:
-                visit(n, *(self.padding.remove(x, grid) if config.padding_tokens else x for x in (mixer_input, mixer_output)))
+                visit(n, mixer_input, mixer_output)
 
-        if config.padding_tokens:
-            h = self.padding.remove(h, grid)
-        if config.local_enhancement:
-            h = self.enhance_last(h, (H, W))
-        shift, scale = (self.scale_shift_table + embedded[:, None]).chunk(2, dim=1)  # (B, 1, d)
-        h = self.proj_out(modulate(h, shift, scale))  # (B, L, p*p*c)
-        h = h.view(batch, H, W, p, p, config.out_channels)
-        sample = torch.einsum("nhwpqc->nchpwq", h).reshape(batch, config.out_channels, height, width)
+        sample = self.latents(h, embedded, grid)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
-
-    # -- weights from a teacher ----------------------------------------------------------------------------
-
-    # diffusers' name -> ours, for whatever is not the same
-    PIXART_NAMES = (("transformer_blocks.", "blocks."), (".attn1.", ".mixer."), (".attn2.", ".cross_attention."),
-                    (".ff.net.0.proj.", ".mlp.linear_1."), (".ff.net.2.", ".mlp.linear_2."),
-                    ("pos_embed.proj.", "patch_embed."), ("adaln_single.linear.", "adaln_single."), ("adaln_single.emb.", ""))
 
     @classmethod
     def from_pixart(cls, path_or_repo, pattern=None, **overrides):
-        """A student (or the teacher itself) from PixArt weights.
+        """The teacher, or a student of it, from a diffusers PixArt transformer or a pipeline that has one.
 
-        path_or_repo: a diffusers PixArt transformer, a pipeline that has one, or a T2MD checkpoint.
-        pattern: "S" * n, or None, is the teacher itself; in other patterns every non-mixer weight and every
-            `S` mixer is copied bit for bit and the Mamba mixers are fresh. Such a student predicts noise only
-            (out_channels = in_channels): of the teacher's output layer it takes the noise half.
+        pattern: "S" * n, or None, is the teacher itself; for other ones see `from_teacher`.
         overrides: any argument of T2MD, e.g. pos_embed="centered".
         Raises FileNotFoundError if there are no such weights, ValueError if the pattern's length is another.
         """
-        config, state = read_weights(path_or_repo)
-        if config["_class_name"] == "T2MD":
-            ours = {k: v for k, v in config.items() if not k.startswith("_")}
-        else:
-            ours = pixart_config(config)
-            for theirs, name in cls.PIXART_NAMES:
-                state = {k.replace(theirs, name): v for k, v in state.items()}
-            state.pop("pos_embed.pos_embed", None)  # computed, not learned
-        teacher_pattern, teacher_channels = ours["pattern"], ours["out_channels"]
-        pattern = pattern or teacher_pattern
-        if len(pattern) != len(teacher_pattern):
-            raise ValueError(f"pattern {pattern!r} has {len(pattern)} letters, but {path_or_repo} has {len(teacher_pattern)} blocks")
-        if pattern != teacher_pattern:
-            ours["out_channels"] = ours["in_channels"]
-        model = cls(**{**ours, "pattern": pattern, **overrides})
-        keep = model.config.out_channels
-        for name in ("proj_out.weight", "proj_out.bias"):  # rows are (p, p, channel); the first channels are the noise
-            state[name] = state[name].unflatten(0, (-1, teacher_channels))[:, :keep].flatten(0, 1)
-        kept = {n for n, (a, b) in enumerate(zip(pattern, teacher_pattern)) if a == b}
-        fresh = lambda name: (name.startswith("blocks.") and ".mixer." in name and int(name.split(".")[1]) not in kept
-                              or name.startswith(("padding.", "enhance_")) and name not in state)
-        own = {k: v for k, v in model.state_dict().items() if fresh(k)}
-        model.load_state_dict({**{k: v for k, v in state.items() if not fresh(k)}, **own})
-        return model
+        theirs = load_whole(PixArtTransformer2DModel, path_or_repo)
+        config = pixart_config(theirs.config)
+        itself = pattern in (None, config["pattern"])
+        teacher = cls(**config | (overrides if itself else {}))
+        teacher.load_state_dict(rename_pixart(theirs.state_dict()))
+        return teacher if itself else cls.from_teacher(teacher, pattern, **overrides)
+
+    @classmethod
+    def from_teacher(cls, teacher, pattern, **overrides):
+        """A student: what is no mixer, and every mixer whose letter stays, is the teacher's bit for bit; the
+        others, and DiM's additions, are fresh. It predicts noise only: of the teacher's output layer it has
+        the noise half.
+
+        teacher: a T2MD.  overrides: any argument of T2MD.  Raises ValueError if the pattern's length is
+            another.
+        """
+        theirs = teacher.arguments()
+        if len(pattern) != len(theirs["pattern"]):
+            blocks = f"{len(pattern)} letters, but the teacher has {len(theirs['pattern'])} blocks"
+            raise ValueError(f"pattern {pattern!r} has {blocks}")
+        student = cls(**theirs | dict(pattern=pattern, out_channels=theirs["in_channels"]) | overrides)
+        changed = [n for n, letter in enumerate(pattern) if letter != theirs["pattern"][n]]
+        fresh = tuple(f"blocks.{n}.mixer." for n in changed)
+        copied = {name: w for name, w in teacher.state_dict().items() if not name.startswith(fresh)}
+        for name in (
+            "proj_out.weight",
+            "proj_out.bias",
+        ):  # rows are (p, p, channel); the first channels are the noise
+            rows = copied[name].unflatten(0, (-1, theirs["out_channels"]))
+            copied[name] = rows[:, : student.config.out_channels].flatten(0, 1)
+        student.load_state_dict(student.state_dict() | copied)
+        return student
 
     @classmethod
     def from_attention(cls, path_or_repo, pattern, **overrides):
-        """Like `from_pixart`, but the Mamba mixers too start from the teacher's attention: `MambaMixer.copy_attention`."""
-        teacher = cls.from_pixart(path_or_repo)
+        """Like `from_teacher`, but the Mamba mixers too start from the attention:
+        `MambaMixer.copy_attention`."""
+        teacher = load_backbone(path_or_repo)
         heads, head = teacher.config.heads, teacher.config.width // teacher.config.heads
-        student = cls.from_pixart(path_or_repo, pattern, expand=1, d_state=head, head_dim=head, n_groups=heads, **overrides)
+        mamba = dict(expand=1, d_state=head, head_dim=head, n_groups=heads)
+        student = cls.from_teacher(teacher, pattern, **mamba, **overrides)
         for ours, theirs in zip(student.blocks, teacher.blocks):
             if isinstance(ours.mixer, MambaMixer):
                 ours.mixer.copy_attention(theirs.mixer)
         return student
 
 
-def pixart_config(config):
-    """A diffusers PixArtTransformer2DModel config -> the arguments of the T2MD that computes the same."""
-    heads = config["num_attention_heads"]
-    return dict(pattern="S" * config["num_layers"], width=heads * config["attention_head_dim"], heads=heads,
-                patch_size=config["patch_size"], in_channels=config["in_channels"],
-                out_channels=config["out_channels"] or config["in_channels"], caption_width=config["caption_channels"],
-                sample_size=config["sample_size"], interpolation_scale=config.get("interpolation_scale"),
-                use_additional_conditions=config.get("use_additional_conditions"), pos_embed="pixart")
-
-
-def read_weights(path_or_repo):
-    """(config, state dict) of a T2MD or diffusers PixArt folder or repository.
-
-    Raises FileNotFoundError if there is none, ValueError if its weights are not all that its config asks for.
-    """
-    folder = os.path.join(path_or_repo, "transformer")
-    folder = folder if os.path.isdir(folder) else path_or_repo
-    try:
-        with open(os.path.join(folder, "config.json")) as file:
-            ours = json.load(file).get("_class_name") == "T2MD"
-    except OSError:
-        ours = False  # a repository, or nothing: load_part will say
-    except ValueError as error:
-        raise ValueError(f"{folder}/config.json is not readable: {error}") from error
-    model, info = load_part(T2MD if ours else PixArtTransformer2DModel, path_or_repo, "transformer", output_loading_info=True)
-    wrong = [*info["missing_keys"], *info["unexpected_keys"]]
-    if wrong:
-        raise ValueError(f"the weights in {path_or_repo} do not fit its config.json: {wrong[0]} is missing or superfluous")
-    return {"_class_name": type(model).__name__, **model.config}, model.state_dict()
-
-
-# ----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # 6. Losses. z_t (B, C, h, w); every loss is a scalar, a mean over elements
-# ----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 
 
 def predict_noise(model, z_t, t, text, mask, visit=None, **conditions):
     """epsilon(z_t, t, tau), (B, C, h, w); of a model with learned variance, the noise half."""
-    return model(z_t, text, t, encoder_attention_mask=mask, visit=visit, added_cond_kwargs=conditions or None,
-                 return_dict=False)[0][:, : z_t.shape[1]]
+    return model(
+        z_t,
+        text,
+        t,
+        encoder_attention_mask=mask,
+        visit=visit,
+        added_cond_kwargs=conditions or None,
+        return_dict=False,
+    )[0][:, : z_t.shape[1]]
 
 
 def mean_square(a, b):
     """|| a - b ||^2 as used everywhere here: the mean over elements, in float32 at least."""
-    return F.mse_loss(a.to(torch.promote_types(a.dtype, torch.float32)), b.to(torch.promote_types(b.dtype, torch.float32)))
+    return F.mse_loss(
+        a.to(torch.promote_types(a.dtype, torch.float32)), b.to(torch.promote_types(b.dtype, torch.float32))
+    )
 
 
 def forcing_loss(student, teacher, z_t, t, text, mask, backward=None, **conditions):
@@ -929,17 +852,279 @@ def soft_loss(teacher_noise, student_noise):
 
 
 def mixer_loss(teacher_mixers, student_mixers):
-    """Equation 10: 1/N sum over all N blocks of ||mixer output of theta' - of theta||^2, each on its OWN h."""
-    return sum(mean_square(s, t) for s, t in zip(student_mixers, teacher_mixers, strict=True)) / len(student_mixers)
+    """Equation 10: 1/N sum over all N blocks of ||mixer output of theta' - of theta||^2, each on its OWN
+    h."""
+    return sum(mean_square(s, t) for s, t in zip(student_mixers, teacher_mixers, strict=True)) / len(
+        student_mixers
+    )
 
 
 def kd_loss(student, teacher, z_t, t, text, mask, noise, soft_weight=0.5, mixer_weight=0.2, **conditions):
     """Equation 11: L_mse + 0.5 L_soft + 0.2 L_mixer -> (loss, {"mse", "soft", "mixer"} detached)."""
     teacher_mixers, student_mixers = [], []
     with torch.no_grad():
-        teacher_noise = predict_noise(teacher, z_t, t, text, mask, lambda n, x, y: teacher_mixers.append(y), **conditions)
-    student_noise = predict_noise(student, z_t, t, text, mask, lambda n, x, y: student_mixers.append(y), **conditions)
-    terms = dict(mse=mse_loss(noise, student_noise), soft=soft_loss(teacher_noise, student_noise),
-                 mixer=mixer_loss(teacher_mixers, student_mixers))
+        teacher_noise = predict_noise(
+            teacher, z_t, t, text, mask, lambda n, x, y: teacher_mixers.append(y), **conditions
+        )
+    student_noise = predict_noise(
+        student, z_t, t, text, mask, lambda n, x, y: student_mixers.append(y), **conditions
+    )
+    terms = dict(
+        mse=mse_loss(noise, student_noise),
+        soft=soft_loss(teacher_noise, student_noise),
+        mixer=mixer_loss(teacher_mixers, student_mixers),
+    )
     loss = terms["mse"] + soft_weight * terms["soft"] + mixer_weight * terms["mixer"]
     return loss, {name: term.detach() for name, term in terms.items()}
+
+
+# ---------------------------------------------------------------------------------------------------
+# 7. Weights from a teacher
+# ---------------------------------------------------------------------------------------------------
+
+
+def load_part(cls, path, subfolder, **kwargs):
+    """`cls.from_pretrained` on a pipeline's `subfolder`, or on `path` itself where there is no such part.
+
+    What looks like a path never touches the network; "owner/name" that is no folder is a repository of
+    Hugging Face's. Raises, in one sentence, FileNotFoundError if there is nothing to load, ValueError if what
+    is there is broken or another model's.
+    """
+    what, inside = subfolder.replace("_", " "), os.path.join(path, subfolder)
+    if os.path.isdir(path):
+        places = [dict(pretrained_model_name_or_path=inside if os.path.isdir(inside) else path)]
+        nothing = not glob.glob(
+            os.path.join(glob.escape(places[0]["pretrained_model_name_or_path"]), "*.json")
+        )
+    elif os.path.isabs(path) or path.count("/") != 1 or path.startswith("."):
+        raise FileNotFoundError(f"there is no folder {path!r} to load a {what} from")
+    else:
+        repository, nothing = dict(pretrained_model_name_or_path=path), True
+        places = [repository | dict(subfolder=subfolder), repository]
+    reasons = []
+    for place in places:
+        try:
+            part = cls.from_pretrained(**place, **kwargs)
+            model = part[0] if isinstance(part, tuple) else part
+            if any(w.is_meta for w in getattr(model, "parameters", list)()):  # diffusers leaves these empty
+                raise ValueError("its weights are another model's")
+            return part
+        except Exception as error:  # the libraries raise anything from OSError to SafetensorError
+            reasons.append(next(iter(str(error).strip().splitlines()), type(error).__name__))
+    why = ", and without a subfolder: ".join(reasons)
+    raise (FileNotFoundError if nothing else ValueError)(f"no {what} could be loaded from {path!r}: {why}")
+
+
+def load_whole(cls, path_or_repo):
+    """A transformer, with every weight its config asks for and no other.  Raises as `load_part`."""
+    model, info = load_part(cls, path_or_repo, "transformer", output_loading_info=True)
+    wrong = [*info["missing_keys"], *info["unexpected_keys"]]
+    if wrong:
+        what = f"{wrong[0]} is missing or superfluous"
+        raise ValueError(f"the weights in {path_or_repo} do not fit its config.json: {what}")
+    return model
+
+
+def load_backbone(path_or_repo, **overrides):
+    """The T2MD of a checkpoint, or of a diffusers PixArt transformer, whichever is there; in float32.
+
+    overrides: any argument of T2MD that changes no weight, e.g. pos_embed="centered".
+    Raises FileNotFoundError if there is neither, ValueError if its weights are not all that its config asks
+    for.
+    """
+    inside = os.path.join(path_or_repo, "transformer")
+    try:
+        with open(os.path.join(inside if os.path.isdir(inside) else path_or_repo, "config.json")) as file:
+            ours = json.load(file).get("_class_name") == "T2MD"
+    except OSError:
+        ours = False  # a repository, or nothing: load_part will say
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path_or_repo}/config.json is not readable: {error}") from error
+    if not ours:
+        return T2MD.from_pixart(path_or_repo, **overrides)
+    loaded = load_whole(T2MD, path_or_repo)
+    model = T2MD(**loaded.arguments() | overrides)
+    model.load_state_dict(loaded.state_dict())
+    return model
+
+
+# fmt: off
+PIXART_NAMES = (  # diffusers' name -> ours, for whatever is not the same
+    ("transformer_blocks.", "blocks."), (".attn1.", ".mixer."), (".attn2.", ".cross_attention."),
+    (".ff.net.0.proj.", ".mlp.linear_1."), (".ff.net.2.", ".mlp.linear_2."),
+    ("pos_embed.proj.", "patch_embed."), ("adaln_single.linear.", "adaln_single."), ("adaln_single.emb.", ""))
+# fmt: on
+
+
+def rename_pixart(state):
+    """The state dict of a diffusers PixArtTransformer2DModel -> that of the T2MD that computes the same."""
+    renamed = {}
+    for name, weight in state.items():
+        for theirs, ours in PIXART_NAMES:
+            name = name.replace(theirs, ours)
+        renamed[name] = weight
+    renamed.pop("pos_embed.pos_embed", None)  # computed, not learned
+    return renamed
+
+
+def pixart_config(config):
+    """A diffusers PixArtTransformer2DModel config -> the arguments of the T2MD that computes the same."""
+    heads, same = config["num_attention_heads"], ("patch_size", "in_channels", "sample_size")
+    optional = {name: config.get(name) for name in ("interpolation_scale", "use_additional_conditions")}
+    return (
+        optional
+        | {name: config[name] for name in same}
+        | dict(
+            pattern="S" * config["num_layers"],
+            width=heads * config["attention_head_dim"],
+            heads=heads,
+            pos_embed="pixart",
+            out_channels=config["out_channels"] or config["in_channels"],
+            caption_width=config["caption_channels"],
+        )
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# 8. How the scan is made fast: the method ends above
+# ---------------------------------------------------------------------------------------------------
+
+
+class ChunkScan(torch.autograd.Function):
+    """`ssd` with its heads by group: x (b, l, g, r, p), dt (b, l, g, r), A and D (g, r), B and C (b, l, g,
+    n) -> y like x, where r heads share each of the g groups. Subscripts below: i reads, j <= i is read, both
+    inside one chunk.
+
+    The gradient is written out because autograd would keep every chunk's matrices: it goes from the last
+    chunk to the first, makes their matrices again and carries the state's gradient. States are (b, g, r, p,
+    n).
+    """
+
+    @staticmethod
+    def chunk(x, dt, A, B, C):
+        """One chunk's u (b, c, g, r, p), decay sums s (b, g, r, c), G (b, g, 1, c, c) and L (b, g, r, c, c);
+        where j > i, G is 0 and L 1."""
+        s = (dt * A).permute(0, 2, 3, 1).contiguous().cumsum(-1)
+        L = (s[..., :, None] - s[..., None, :]).clamp_(max=0).exp_()
+        G = torch.einsum("bign,bjgn->bgij", C, B).tril_()[:, :, None]
+        return x * dt[..., None].to(x.dtype), s, G, L
+
+    @staticmethod
+    def decays(s, dtype):
+        """From the chunk's start to i, and from j to its end: both (b, c, g, r, 1)."""
+        return [v.exp().permute(0, 3, 1, 2)[..., None].to(dtype) for v in (s, s[..., -1:] - s)]
+
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, D, chunk_size):
+        y, states, state = torch.empty_like(x), [], None
+        for k, (yc, xc, dtc, Bc, Cc) in enumerate(
+            zip(*(v.split(chunk_size, dim=1) for v in (y, x, dt, B, C))), start=1
+        ):
+            u, s, G, L = ChunkScan.chunk(xc, dtc, A, Bc, Cc)
+            from_start, to_end = ChunkScan.decays(s, x.dtype)
+            yc.copy_(torch.einsum("bgrij,bjgrp->bigrp", L.mul_(G).to(x.dtype), u))
+            if state is not None:
+                yc.addcmul_(from_start, torch.einsum("bign,bgrpn->bigrp", Cc, state.to(x.dtype)))
+            if D is not None:
+                yc.addcmul_(D.to(x.dtype)[..., None], xc)
+            if any(ctx.needs_input_grad):
+                states.append(state)
+            if k * chunk_size < x.shape[1]:  # nobody reads the last chunk's state
+                written = torch.einsum("bjgrp,bjgn->bgrpn", u.mul_(to_end), Bc).to(s.dtype)
+                state = (
+                    written if state is None else written.addcmul_(s[..., -1].exp()[..., None, None], state)
+                )
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(x, dt, A, B, C, D, y, *states)
+        ctx.chunk_size = chunk_size
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, dt, A, B, C, D, y, *states = ctx.saved_tensors
+        chunks = zip(
+            *(v.split(ctx.chunk_size, dim=1) for v in (x, dt, B, C, y, dy)), states, [*states[1:], None]
+        )
+        gradients, dstate = [], None  # dstate: of the state that leaves the chunk
+        dA, dD = (None if v is None else torch.zeros_like(v) for v in (A, D))
+        for xc, dtc, Bc, Cc, yc, dyc, state, state_out in reversed(list(chunks)):
+            u, s, G, L = ChunkScan.chunk(xc, dtc, A, Bc, Cc)
+            from_start, to_end = ChunkScan.decays(s, x.dtype)
+            dG = torch.einsum("bigrp,bjgrp->bgrij", dyc, u).mul(L).sum(2).tril_().to(x.dtype)
+            du = torch.einsum("bgrij,bigrp->bjgrp", L.mul_(G).to(x.dtype), dyc)
+            dB = torch.einsum("bgij,bign->bjgn", dG, Cc)
+            dC = torch.einsum("bgij,bjgn->bign", dG, Bc)
+            dstate_in = None
+            if state is not None:
+                dread = from_start * dyc
+                dC = dC + torch.einsum("bigrp,bgrpn->bign", dread, state.to(x.dtype))
+                dstate_in = torch.einsum("bigrp,bign->bgrpn", dread, Cc).to(s.dtype)
+            if dstate is not None:
+                du = torch.addcmul(du, to_end, torch.einsum("bjgn,bgrpn->bjgrp", Bc, dstate.to(x.dtype)))
+                dB = dB + torch.einsum("bjgrp,bgrpn->bjgn", to_end * u, dstate.to(x.dtype))
+            dx, ddt = du * dtc[..., None].to(x.dtype), (du.to(s.dtype) * xc).sum(-1)
+            if D is not None:
+                dx.addcmul_(D.to(x.dtype)[..., None], dyc)
+                dD += (dyc.to(s.dtype) * xc).sum((0, 1, 4))
+            # s_i scales all that y_i reads, -s_j all that is read of u_j (D's share of dy y and dx x
+            # cancels), s_last the
+            # state that leaves
+            ds = (dyc.to(s.dtype) * yc).sum(-1) - (dx.to(s.dtype) * xc).sum(-1)
+            if dstate is not None:
+                ds[:, -1] += (dstate * state_out).sum((3, 4))
+                if dstate_in is not None:
+                    dstate_in.addcmul_(s[..., -1].exp()[..., None, None], dstate)
+            dstate = dstate_in
+            ddecay = ds.flip(1).cumsum(1).flip(1)
+            dA += (dtc * ddecay).sum((0, 1))
+            gradients.append((dx, ddt + A * ddecay, dB, dC))
+        dx, ddt, dB, dC = (torch.cat(parts[::-1], dim=1) for parts in zip(*gradients))
+        return dx, ddt, dA, dB, dC, dD, None
+
+
+# Optional kernels: mamba-ssm (https://github.com/state-spaces/mamba) and flash-attn. Both are written for
+# CUDA;
+# mamba-ssm's are pure Triton and run, slowly, on a CPU in Triton's interpreter.
+KERNEL_DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+mamba_scan = flash_attention = None
+if torch.cuda.is_available() or "cpu" in KERNEL_DEVICES:
+    try:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as mamba_scan
+    except ImportError:
+        pass
+    try:
+        from flash_attn import flash_attn_func as flash_attention
+    except ImportError:
+        pass
+
+
+@torch.library.custom_op("t2md::mamba_scan", mutates_args=())
+def compiled_mamba_scan(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    chunk_size: int,
+    D: torch.Tensor,
+) -> torch.Tensor:
+    """mamba-ssm's scan as one opaque operator, so that torch.compile does not break a block's graph at it.
+    No gradient."""
+    return mamba_scan(x, dt, A, B, C, chunk_size, D=D)
+
+
+@compiled_mamba_scan.register_fake
+def _(x, *_):
+    return x.new_empty(x.shape)
+
+
+@lru_cache(maxsize=None)
+def say_kernels(device_type):
+    """Say once, on stderr, which path a device takes."""
+    fast = device_type in KERNEL_DEVICES
+    print(
+        f"t2md on {device_type}: scan by {'mamba-ssm' if fast and mamba_scan else 'plain PyTorch'}, "
+        f"attention by {'flash-attn' if fast and flash_attention else 'PyTorch SDPA'}",
+        file=sys.stderr,
+    )

@@ -1,0 +1,490 @@
+"""Captioned images: a folder or tar shards -> an index, aspect-ratio buckets, batches of latents and text.
+
+Sections: 1 the index - 2 pictures - 3 batches, from the images or from a cache of latents and features.
+Every random draw is a function of (seed, stage, step, index in the global batch).
+"""
+
+import collections
+import concurrent.futures
+import functools
+import glob
+import hashlib
+import io
+import itertools
+import json
+import mmap
+import multiprocessing
+import os
+import tarfile
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from diffusers.pipelines.pixart_alpha import pipeline_pixart_sigma as tables
+from PIL import ExifTags, Image, ImageOps
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from sample import RANK, WORLD, claim, fingerprint, pad_features, rank_zero_first, write_atomically
+
+# ----------------------------------------------------------------------------------------------------------
+# 1. The index: what images there are, found once, by all cores, and memory-mapped from then on
+# ----------------------------------------------------------------------------------------------------------
+
+PIECE = 2**18  # bytes of metadata.jsonl that are looked at together; of tar shards one is a piece
+RECORD = np.dtype([(name, "i8") for name in ("file", "caption", "offset", "length", "height", "width")])
+
+
+def in_processes(function, jobs, what):
+    """Yields function(*job) of every job, in order, from as many processes as there are cores; a single job
+    is done here. They are forked from a process that has only imported this module: no GPU, no threads."""
+    progress = functools.partial(tqdm, total=len(jobs), desc=what, disable=RANK > 0)
+    if len(jobs) < 2:
+        yield from progress(itertools.starmap(function, jobs))
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    workers = min(len(jobs), os.cpu_count(), 32)
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        yield from progress(pool.map(function, *zip(*jobs)))
+
+
+def find_pieces(source):
+    """What of a data set can be looked at apart -> [(reader, path, start)].
+
+    source: a folder with metadata.jsonl (Hugging Face's imagefolder: file_name, text), or a glob of
+    WebDataset tar shards: an image and a .txt, or a .json with "caption" or "text", of the same key.
+    Raises ValueError if there is neither, or both.
+    """
+    if os.path.isdir(source):
+        metadata = os.path.join(source, "metadata.jsonl")
+        if not os.path.exists(metadata):
+            which = "which names its images (file_name) and captions (text)"
+            raise ValueError(f"--data {source} is a folder without metadata.jsonl, {which}")
+        if glob.glob(os.path.join(glob.escape(source), "*.tar")):
+            which = f"name the shards ('{source}/*.tar') or move them away"
+            raise ValueError(f"--data {source} holds both metadata.jsonl and tar shards; {which}")
+        return [(read_metadata, metadata, start) for start in range(0, os.path.getsize(metadata), PIECE)]
+    shards = sorted(glob.glob(source))
+    if not shards:
+        which = "neither shapes, nor a folder, nor a pattern that matches tar shards"
+        raise ValueError(f"--data {source} is {which}")
+    return [(read_shard, shard, 0) for shard in shards]
+
+
+def read_metadata(path, start):
+    """The lines of metadata.jsonl that begin in PIECE bytes -> (file, caption, offset, length, what to open)
+    of each image, or why it is skipped."""
+    folder = os.path.dirname(path)
+    inside = os.path.join(os.path.realpath(folder), "")
+    with open(path, "rb") as lines:
+        lines.seek(max(0, start - 1))
+        if start:
+            lines.readline()  # the end of a line that begins in the piece before
+        for line in iter(lines.readline, b""):
+            if lines.tell() - len(line) >= start + PIECE:
+                return
+            try:
+                record = json.loads(line)
+                file, caption = os.path.join(folder, record["file_name"]), record["text"].strip()
+                if os.path.realpath(file).startswith(inside):
+                    yield file, caption, 0, os.path.getsize(file), file
+                else:
+                    yield "a file outside the folder"
+            except OSError:
+                yield "no such file"
+            except UnicodeDecodeError:
+                yield "text that is not UTF-8"
+            except (ValueError, KeyError, TypeError, AttributeError):
+                yield "a line without file_name and text"
+
+
+def key_of(member):
+    """WebDataset's: a tar member's folder, and its name up to the first dot."""
+    folder, _, name = member.name.rpartition("/")
+    return folder, name.split(".")[0]
+
+
+def read_shard(path, _):
+    """The same for a tar file, which stays packed: an image is `length` bytes of it, at `offset`."""
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            tar = tarfile.open(fileobj=mapped, mode="r:")
+            for _, members in itertools.groupby((member for member in tar if member.isfile()), key_of):
+                members = [(os.path.splitext(member.name)[1].lower(), member) for member in members]
+                parts = dict(members)
+                if len(parts) < len(members):
+                    yield "a key that occurs twice"
+                    continue
+                image = next((m for suffix, m in members if suffix in Image.registered_extensions()), None)
+                try:
+                    if ".txt" in parts:
+                        caption = tar.extractfile(parts[".txt"]).read().decode()
+                    else:
+                        record = json.load(tar.extractfile(parts[".json"]))
+                        caption = record.get("caption") or record["text"]
+                    yield path, caption.strip(), image.offset_data, image.size, tar.extractfile(image)
+                except UnicodeDecodeError:
+                    yield "text that is not UTF-8"
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    yield "no image, or no caption beside it"
+    except (tarfile.TarError, OSError, ValueError) as error:  # the last: it is mapped, and ends too soon
+        yield f"not a whole tar file ({error})"
+
+
+def list_images(reader, path, start):
+    """A piece -> [(file, caption, offset, length, height, width)], none decoded, and {why skipped: count}."""
+    found, skipped = [], collections.Counter()
+    for record in reader(path, start):
+        if isinstance(record, str):
+            skipped[record] += 1
+            continue
+        file, caption, *where, opened = record
+        if not caption:
+            skipped["an empty caption"] += 1
+            continue
+        try:
+            with Image.open(opened) as image:
+                # not a PNG's own getexif, which decodes it
+                turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) > 4
+                height, width = image.size if turned else image.size[::-1]
+        except Exception as error:  # decoders raise anything
+            skipped[f"not readable as an image ({type(error).__name__})"] += 1
+            continue
+        caption = caption.encode(errors="replace").decode()  # half of an emoji is no text
+        found.append((file, caption, *where, height, width))
+    return found, skipped
+
+
+def packed(strings):
+    """Strings -> their bytes, in one tensor, and where each begins and ends."""
+    encoded = [string.encode(errors="surrogateescape") for string in strings]
+    ends = np.cumsum([0, *map(len, encoded)])
+    return torch.frombuffer(bytearray(b"".join(encoded) + b"\0"), dtype=torch.uint8), torch.from_numpy(ends)
+
+
+class Strings(collections.abc.Sequence):
+    """Those strings again, each made when it is asked for; `numbers` says which they are, in which order."""
+
+    def __init__(self, text, ends, numbers):
+        self.text, self.ends, self.numbers = text, ends, numbers
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, k):
+        n = self.numbers[k]
+        return self.text[self.ends[n] : self.ends[n + 1]].tobytes().decode(errors="surrogateescape")
+
+
+def write_index(path, pieces, what):
+    """All usable images of a data set, into one safetensors file; a file or caption that many share is in
+    it once, caption 0 is the empty one."""
+    files, captions, images, skipped = {}, {"": 0}, [np.empty(0, RECORD)], collections.Counter()
+    for found, reasons in in_processes(list_images, pieces, what):
+        rows = [
+            (files.setdefault(file, len(files)), captions.setdefault(caption, len(captions)), *numbers)
+            for file, caption, *numbers in found
+        ]
+        images.append(np.array(rows, RECORD))
+        skipped.update(reasons)
+    tensors = dict(images=torch.from_numpy(np.concatenate(images).view("i8")))
+    tensors["files"], tensors["file_ends"] = packed(files)
+    tensors["captions"], tensors["caption_ends"] = packed(captions)
+    write_atomically(path, functools.partial(save_file, tensors, metadata=dict(skipped=json.dumps(skipped))))
+
+
+def load_index(source, folder):
+    """The index of a data set, made by the first process unless `folder` has it: of shards or metadata.jsonl
+    of these names, sizes and dates -> images (n,) of RECORD, file names, captions, {why skipped: count}."""
+    pieces = find_pieces(source)
+    stamp = [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for _, path, _ in pieces]
+    path = os.path.join(folder, f"index-{hashlib.sha256(repr(stamp).encode()).hexdigest()[:16]}.safetensors")
+    with rank_zero_first():
+        if not os.path.exists(path):
+            write_index(path, pieces, f"looking at the images of {source}")
+    with safe_open(path, "pt") as index:  # its tensors are memory-mapped
+        arrays = {name: index.get_tensor(name).numpy() for name in index.keys()}
+        skipped = collections.Counter(json.loads(index.metadata()["skipped"]))
+    files, captions = arrays["file_ends"], arrays["caption_ends"]
+    files = Strings(arrays["files"], files, range(len(files) - 1))
+    captions = Strings(arrays["captions"], captions, range(len(captions) - 1))
+    return arrays["images"].view(RECORD), files, captions, skipped
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 2. Pictures
+# ----------------------------------------------------------------------------------------------------------
+
+
+def open_image(file, offset, length):
+    """A PIL image, not yet decoded, from `length` bytes of a file."""
+    with open(file, "rb") as f:
+        f.seek(offset)
+        return Image.open(io.BytesIO(f.read(length)))
+
+
+def to_rgb(image):
+    """Any PIL image as RGB: upright (EXIF), 16 bits scaled down, transparency over white, palette and CMYK
+    converted."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray(np.uint8(np.asarray(image).clip(0, 65535) // 257))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def to_pixels(images):
+    """List of equally large PIL images -> (B, 3, h, w) in [-1, 1]."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def aspect_ratios(pixels):
+    """The buckets of a base size: {height / width: (height, width)}, from the tables that diffusers ships."""
+    shipped = getattr(tables, f"ASPECT_RATIO_{pixels}_BIN", None)
+    if shipped:
+        return shipped
+    scaled = {}
+    for ratio, sides in tables.ASPECT_RATIO_1024_BIN.items():
+        scaled[ratio] = [max(16, round(side * pixels / 1024 / 16) * 16) for side in sides]
+    return scaled
+
+
+def nearest_buckets(heights, widths, pixels):
+    """Sizes of n images -> their buckets', (n, 2); diffusers' classify_height_width_bin, for all at once."""
+    table = sorted((float(ratio), sides) for ratio, sides in aspect_ratios(pixels).items())
+    ratios = np.array([ratio for ratio, _ in table])
+    nearest = np.searchsorted((ratios[1:] + ratios[:-1]) / 2, heights / widths)
+    return np.array([sides for _, sides in table], int)[nearest]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3. Batches
+# ----------------------------------------------------------------------------------------------------------
+
+SHARD = 1000  # entries of a file of the cache
+TOGETHER = 2**22  # pixels that the VAE encodes at once: 16 images of 512 x 512
+
+
+class ImageData:
+    """Captioned images in buckets of like aspect ratio, as batches for training.
+
+    Args:
+        source: see `find_pieces`.  pixels: base size of the buckets.  folder: where the index is kept.
+        vae, text_encoder: None if the images are only looked at.
+        cache: None, or a folder: latent moments and caption features are computed once, into it, and both
+            parts let go. With a cache and without, it is the middle of an image that is seen.
+    Attributes: items (n,) of RECORD, with the bucket's height and width; prompts, theirs; buckets {(height,
+    width): numbers of items}; skipped {reason: count}.
+    Raises ValueError, saying what was looked for, if nothing is usable; if the cache is of other parts.
+    """
+
+    def __init__(self, source, pixels, vae, text_encoder, seed, folder, cache=None):
+        self.vae, self.text_encoder, self.cache = vae, text_encoder, cache
+        self.pixels, self.seed = pixels, seed
+        images, self.files, self.captions, self.skipped = load_index(source, folder)
+        sizes = np.stack([images["height"], images["width"]], axis=1)
+        buckets = nearest_buckets(*sizes.T, pixels)
+        large = (buckets <= 4 * sizes).all(1)
+        self.skipped[f"too small to be enlarged to about {pixels} pixels"] += int((~large).sum())
+        self.skipped = +self.skipped  # without what never happened
+        if not large.any():
+            why = ", ".join(f"{count} x {reason}" for reason, count in self.skipped.items()) or "it is empty"
+            what = "looked for images with captions, skipped"
+            raise ValueError(f"--data {source} has no usable image; {what}: {why}")
+        self.items, buckets = images[large], buckets[large]
+        self.items["height"], self.items["width"] = buckets.T
+        self.prompts = Strings(self.captions.text, self.captions.ends, self.items["caption"])
+        self.buckets = {}
+        for height, width in sorted(set(map(tuple, aspect_ratios(pixels).values()))):
+            members = np.flatnonzero((buckets == (height, width)).all(1))
+            if len(members):
+                self.buckets[int(height), int(width)] = members
+        self.order = functools.lru_cache(maxsize=2)(self.order)
+        self.decoders, self.decoding = concurrent.futures.ThreadPoolExecutor(), {}
+        if cache:
+            claim(cache, dict(vae=fingerprint(vae.source), text_encoder=fingerprint(text_encoder.source)))
+            self.fill_cache()
+            self.vae = self.text_encoder = None  # nothing asks them any more: they may leave the device
+
+    # which images
+
+    def order(self, epoch, images):
+        """The batches of an epoch, [image numbers], each of one bucket: every bucket shuffled, cut into
+        batches (the last one filled from its beginning), all batches shuffled."""
+        rng, batches = np.random.default_rng([self.seed, epoch]), []
+        for members in self.buckets.values():
+            count = -(-len(members) // images)
+            batches += list(np.resize(rng.permutation(members), count * images).reshape(count, images))
+        return [batches[k] for k in rng.permutation(len(batches))]
+
+    def choose(self, turn, indices, images):
+        """The images that stand at `indices` of global batch number `turn`, which holds `images`."""
+        per_epoch = sum(-(-len(members) // images) for members in self.buckets.values())
+        batch = self.order(turn // per_epoch, images)[turn % per_epoch]
+        return [int(batch[i]) for i in indices]
+
+    # pictures and what VAE and T5 make of them
+
+    def decode(self, k):
+        """Image k, scaled to cover its bucket's size, its middle; or the exception that says it is broken."""
+        item = self.items[k]
+        try:
+            image = to_rgb(open_image(self.files[item["file"]], int(item["offset"]), int(item["length"])))
+            return ImageOps.fit(image, (int(item["width"]), int(item["height"])), Image.LANCZOS)
+        except Exception as error:
+            return error
+
+    def picture(self, k):
+        """Image k -> (its number, picture). Where it is broken, the next of its bucket takes its place."""
+        item = self.items[k]
+        members = self.buckets[int(item["height"]), int(item["width"])]
+        first = np.searchsorted(members, k)
+        for number in itertools.chain(members[first:], members[:first]):
+            picture = self.decode(number)
+            if isinstance(picture, Image.Image):
+                return int(number), picture
+            self.skipped[f"not decodable ({type(picture).__name__})"] += 1
+        raise ValueError(f"not one image for {item['width']} x {item['height']} can be decoded")
+
+    def encode(self, pictures):
+        """Pictures of one size -> means and standard deviations of their latents, (B, 2, C, h, w)."""
+        together = max(1, TOGETHER // (pictures[0].width * pictures[0].height))
+        with torch.autocast(self.vae.model.device.type, enabled=False):
+            parts = [self.vae.moments(part) for part in to_pixels(pictures).split(together)]
+        return torch.cat([torch.stack(part, dim=1).cpu() for part in parts])
+
+    def encode_text(self, captions):
+        """List of captions -> their features (B, T, width) and mask (B, T)."""
+        with torch.autocast(self.text_encoder.model.device.type, enabled=False):
+            features, mask = self.text_encoder(captions)
+        return features.float().cpu(), mask.cpu()
+
+    # the cache
+
+    def cached(self, kind, strings, numbers=b""):
+        """The path of a shard, named after what is in it: a data set that has grown keeps those it has."""
+        digest = hashlib.sha256("\0".join(strings).encode(errors="surrogateescape") + numbers).hexdigest()
+        return os.path.join(self.cache, f"{kind}-{digest[:16]}.safetensors")
+
+    def shards(self):
+        """All shards of this data set, [(path, range of captions)] and [(path, numbers of images)]."""
+        texts, images = [], []
+        for start in range(0, len(self.captions), SHARD):
+            part = range(start, min(start + SHARD, len(self.captions)))
+            texts.append((self.cached("text", map(self.captions.__getitem__, part)), part))
+        for members in self.buckets.values():
+            for part in np.split(members, range(SHARD, len(members), SHARD)):
+                numbers = b"".join(self.items[name][part].tobytes() for name in RECORD.names[2:])
+                files = map(self.files.__getitem__, self.items["file"][part])
+                images.append((self.cached(f"{self.pixels}px", files, numbers), part))
+        return texts, images
+
+    def fill_cache(self):
+        """Compute the shards that the cache lacks, this process's share of them. What is there stays, so a
+        run that was cut off goes on. Images that turn out to be broken leave the data set."""
+        texts, images = self.shards()
+        for write, shards, what in (
+            (self.write_text, texts, "captions"),
+            (self.write_moments, images, "images"),
+        ):
+            missing = [shard for shard in shards[RANK::WORLD] if not os.path.exists(shard[0])]
+            total = sum(len(part) for _, part in missing)
+            with tqdm(
+                total=total, desc=f"encoding {what} into {self.cache}", disable=RANK > 0 or not total
+            ) as bar:
+                for path, part in missing:
+                    write(path, part, bar.update)
+        if WORLD > 1:
+            dist.barrier()
+        self.texts = [load_file(path) for path, _ in texts]  # memory-mapped
+        self.moments, self.place, broken = [], np.zeros((len(self.items), 2), int), []
+        for path, part in images:
+            shard = load_file(path)
+            self.place[part, 0], self.place[part, 1] = len(self.moments), np.arange(len(part))
+            self.moments.append(shard["moments"])
+            broken.extend(part[~shard["whole"].numpy()])
+        if broken:
+            self.skipped["not decodable"] += len(broken)
+            kept = {bucket: np.setdiff1d(members, broken) for bucket, members in self.buckets.items()}
+            self.buckets = {bucket: members for bucket, members in kept.items() if len(members)}
+        if not self.buckets:
+            raise ValueError("not one of the images can be decoded")
+
+    def write_text(self, path, part, progress):
+        """A shard of features: (tokens of all captions, width), and where each caption begins and ends."""
+        features = []
+        for start in range(part.start, part.stop, 16):
+            captions = [self.captions[n] for n in range(start, min(start + 16, part.stop))]
+            for feature, mask in zip(*self.encode_text(captions)):
+                features.append(feature[mask.bool()].half())
+            progress(len(captions))
+        ends = torch.tensor([0, *map(len, features)]).cumsum(0)
+        write_atomically(path, functools.partial(save_file, dict(features=torch.cat(features), ends=ends)))
+
+    def write_moments(self, path, part, progress):
+        """A shard of moments (n, 2, C, h, w), and which images are whole; decoded 16 ahead of the VAE."""
+        height, width = (int(self.items[name][part[0]]) // self.vae.factor for name in ("height", "width"))
+        moments = torch.zeros(len(part), 2, self.vae.channels, height, width, dtype=torch.half)
+        whole = torch.zeros(len(part), dtype=torch.bool)
+        coming = self.decoders.map(self.decode, part[:16])
+        for start in range(0, len(part), 16):
+            pictures, coming = list(coming), self.decoders.map(self.decode, part[start + 16 : start + 32])
+            rows = [k for k, picture in enumerate(pictures) if isinstance(picture, Image.Image)]
+            if rows:
+                moments[start:][rows] = self.encode([pictures[k] for k in rows]).half()
+                whole[start:][rows] = True
+            progress(len(pictures))
+        write_atomically(path, functools.partial(save_file, dict(moments=moments, whole=whole)))
+
+    # batches
+
+    def fetch(self, turn, indices, images):
+        """The images at `indices` of batch `turn` -> their numbers, and their moments (B, 2, C, h, w)."""
+        numbers = self.choose(turn, indices, images)
+        if self.cache:
+            kept = [self.moments[shard][row].float() for shard, row in self.place[numbers]]
+            return numbers, torch.stack(kept)
+        following = self.choose(turn + 1, indices, images)  # decoded while the network works on this turn
+        for key, k in zip(itertools.product((turn, turn + 1), indices), numbers + following):
+            if key not in self.decoding:
+                self.decoding[key] = self.decoders.submit(self.picture, k)
+        numbers, pictures = zip(*(self.decoding.pop((turn, i)).result() for i in indices))
+        return numbers, self.encode(pictures)
+
+    def text_of(self, numbers):
+        """Numbers of captions -> features (B, T, width) and mask (B, T)."""
+        if not self.cache:
+            return self.encode_text([self.captions[n] for n in numbers])
+        features = []
+        for shard, row in (divmod(n, SHARD) for n in numbers):
+            begin, end = self.texts[shard]["ends"][row : row + 2]
+            features.append(self.texts[shard]["features"][begin:end].float())
+        return pad_features(features)
+
+    def batch(self, turn, indices, images, generators, timesteps=None, drop=0.1):
+        """Samples `indices` of global batch number `turn`, of `images` samples, a torch.Generator for each
+        -> dict of latents z0 and noise (B, C, h, w), t (B,), text (B, T, width), mask (B, T).
+
+        timesteps: uniform, or (mean, deviation) of a normal distribution cut to [0, 1000).
+        A caption is dropped (replaced by the empty one) with probability `drop`, for classifier-free
+        guidance.
+        """
+        numbers, moments = self.fetch(turn, indices, images)
+        mean, std = moments.unbind(1)
+        captions, t, z0, noise = [], [], [], []
+        for k, g in zip(numbers, generators):
+            captions.append(0 if torch.rand((), generator=g) < drop else int(self.items["caption"][k]))
+            if timesteps is None:
+                t.append(torch.randint(1000, (), generator=g))
+            else:
+                t.append((timesteps[0] + timesteps[1] * torch.randn((), generator=g)).clamp(0, 999).long())
+            z0.append(torch.randn(mean.shape[1:], generator=g))
+            noise.append(torch.randn(mean.shape[1:], generator=g))
+        text, mask = self.text_of(captions)
+        z0 = mean + std * torch.stack(z0)
+        return dict(z0=z0, noise=torch.stack(noise), t=torch.stack(t), text=text, mask=mask)
