@@ -17,6 +17,7 @@ import ctypes
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline
 from PIL import Image, ImageDraw, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
@@ -45,23 +46,31 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 # ---------------------------------------------------------------------------------------------------
 
 
+# fmt: off
 @torch.no_grad()
-def denoise(
-    model, text, negative, latents, steps=20, guidance=4.5, pixels_per_latent=8, progress=False, upscale=1
-):
+def denoise(model, text, negative, latents, steps=20, guidance=4.5, pixels_per_latent=8, upscale=1,
+            picture=None, renoise=1000, bar=None):
+    # fmt: on
     """Noise -> latents, by DPM-Solver++ with classifier-free guidance (eq. 2); equals diffusers'
     PixArtAlphaPipeline.
 
     Args:
         text, negative: (features, mask) of the captions and of the unconditional branch, B rows each.
         latents: standard normal noise (B, C, h, w).  guidance: 1 or less runs the conditional branch alone.
-        upscale: see `upsample_guidance`.
+        upscale: see `upsample_guidance`.  bar: a progress bar, moved on by each step.
+        picture: latents (B, C, h, w) to start from instead, at the sampler's first timestep <= renoise.
     """
     scheduler = make_scheduler(model.config.beta_schedule)
     scheduler.set_timesteps(steps)
     if guidance > 1:  # 1. one batch for both branches
         text = pad_features([row[keep.bool()] for part in (negative, text) for row, keep in zip(*part)])
     features, mask = text[0].to(model.device, model.dtype), text[1].to(model.device)
+    first, timesteps = first_step(scheduler, renoise), scheduler.timesteps
+    if picture is not None:
+        alpha_bar = scheduler.alphas_cumprod[timesteps[first]]
+        latents = alpha_bar.sqrt() * picture + (1 - alpha_bar).sqrt() * latents.to(picture.device)
+        scheduler.set_begin_index(first)
+        timesteps = timesteps[first:]
     latents = latents.to(model.device, model.dtype)
 
     def predict(z_t, t):
@@ -74,33 +83,66 @@ def denoise(
             noise = unconditional + guidance * (conditional - unconditional)
         return noise
 
-    for t in tqdm(scheduler.timesteps, desc="denoising", disable=not progress):
+    for t in timesteps:
         noise = predict(latents, t)
         if upscale > 1:
             noise = upsample_guidance(predict, latents, t, noise, scheduler.alphas_cumprod, upscale)
         latents = scheduler.step(noise, t, latents, return_dict=False)[0]  # 4. one solver step
+        if bar is not None:
+            bar.update()
     return latents
 
 
-def generate(
-    model,
-    vae,
-    text_encoder,
-    prompts,
-    size,
-    seeds,
-    steps=20,
-    guidance=4.5,
-    negative="",
-    progress=False,
-    upscale=1,
-):
-    """Prompts and seeds (one each per image) -> PIL images of size (width, height) in pixels."""
-    w, h = size[0] // vae.factor, size[1] // vae.factor
-    latents = torch.cat([noise_for(seed, vae.channels, h, w) for seed in seeds])
+def first_step(scheduler, renoise):
+    """The index of a scheduler's first timestep that is at most `renoise`; its last, if none is."""
+    return min(int((scheduler.timesteps > renoise).sum()), len(scheduler.timesteps) - 1)
+
+
+def sizes_on_the_way(size, trained, multiple):
+    """The sizes at which progressive sampling makes a picture of `size` (width, height), pixels.
+
+    Up to 1.5 times the `trained` side that alone; beyond, first the trained area in the same shape, both
+    sides multiples of `multiple`, then doubled, the last time by what remains.
+    """
+    factor = (size[0] * size[1]) ** 0.5 / trained
+    if factor <= 1.5:
+        return [size]
+    first = [max(1, round(side / factor / multiple)) * multiple for side in size]
+    doublings = math.ceil(math.log2(factor) - 0.1)
+    return [(first[0] * 2**k, first[1] * 2**k) for k in range(doublings)] + [size]
+
+
+# fmt: off
+@torch.no_grad()
+def generate(model, vae, text_encoder, prompts, size, seeds, steps=20, guidance=4.5, negative="", upscale=1,
+             direct=False, renoise=None, progress=False):
+    # fmt: on
+    """Prompts and seeds (one each per image) -> PIL images of size (width, height) in pixels.
+
+    Far above the trained size progressively, in pixel space (not in the paper; relatives: SDEdit,
+    DiffuseHigh): the picture is made at the trained size, decoded, enlarged, encoded, noised up to the
+    timestep `renoise` (the model's own if None) and denoised from there; the layout comes from the size that
+    knows it. If `direct`, or with `upscale`, as the paper does: from noise at the full size.
+    """
+    trained, multiple = model.config.sample_size * vae.factor, vae.factor * model.config.patch_size
+    sizes = [size] if direct or upscale > 1 else sizes_on_the_way(size, trained, multiple)
+    renoise = model.config.renoise if renoise is None else renoise
     text, unconditional = text_encoder(prompts), text_encoder([negative] * len(prompts))
-    latents = denoise(model, text, unconditional, latents, steps, guidance, vae.factor, progress, upscale)
-    return to_images(vae.decode(latents))
+    scheduler = make_scheduler(model.config.beta_schedule)
+    scheduler.set_timesteps(steps)
+    total = steps + (len(sizes) - 1) * (steps - first_step(scheduler, renoise))
+    picture, pixels = None, None
+    with tqdm(desc="denoising", total=total, disable=not progress) as bar:
+        for level, (width, height) in enumerate(sizes):
+            shape = vae.channels, height // vae.factor, width // vae.factor
+            noise = torch.cat([noise_for(seed, *shape, level) for seed in seeds])
+            if level:
+                pixels = F.interpolate(pixels, size=(height, width), mode="bicubic").clamp(-1, 1)
+                picture, _ = vae.moments(pixels, tile=1024)
+            how = dict(upscale=upscale, picture=picture, renoise=renoise, bar=bar)
+            latents = denoise(model, text, unconditional, noise, steps, guidance, vae.factor, **how)
+            pixels = vae.decode(latents)
+    return to_images(pixels)
 
 
 def generate_all(model, vae, text_encoder, prompts, size, seed, **how):
@@ -175,6 +217,25 @@ def load(folder, device="cpu", dtype=torch.float32):
     """
     model = load_denoiser(folder, device, dtype)
     return functools.partial(generate, model, *load_parts(model, folder, device, dtype))
+
+
+def export(checkpoint, folder):
+    """Write a checkpoint with its VAE, T5, tokenizer and scheduler as one diffusers pipeline, which
+    `DiffusionPipeline.from_pretrained(folder)` loads once `import t2md` was said.
+
+    Raises ValueError if there is something in `folder` already.
+    """
+    if os.path.isdir(folder) and os.listdir(folder):
+        raise ValueError(f"--export {folder} is not empty; name a new folder")
+    model = load_backbone(checkpoint)
+    vae, text_encoder = load_parts(model, checkpoint)
+    model.register_to_config(vae=None, text_encoder=None)  # both are in the pipeline now
+    # Sigma's pipeline is Alpha's, but knows the sizes around 2048
+    kind = PixArtSigmaPipeline if model.config.sample_size * vae.factor >= 2048 else PixArtAlphaPipeline
+    scheduler = make_scheduler(model.config.beta_schedule)
+    parts = dict(tokenizer=text_encoder.tokenizer, text_encoder=text_encoder.model, vae=vae.model)
+    kind(**parts, transformer=model, scheduler=scheduler).save_pretrained(folder)
+    print(folder)
 
 
 def load_denoiser(path_or_repo, device="cpu", dtype=torch.float32, **overrides):
@@ -255,9 +316,11 @@ def numpy_draw(seed, stage, step, index):
     return np.random.default_rng([seed, zlib.crc32(stage.encode()), step, index])
 
 
-def noise_for(seed, channels, h, w):
-    """The initial noise (1, channels, h, w) of one image: a function of its seed alone, drawn on the CPU."""
-    return torch.randn(1, channels, h, w, generator=torch.Generator().manual_seed(seed))
+def noise_for(seed, channels, h, w, level=0):
+    """The noise (1, channels, h, w) of one image, drawn on the CPU: a function of its seed and, where a
+    picture is made at several sizes, of which one it is."""
+    generator = draw(seed, "noise", level, 0) if level else torch.Generator().manual_seed(seed)
+    return torch.randn(1, channels, h, w, generator=generator)
 
 
 @contextlib.contextmanager
@@ -457,6 +520,9 @@ def keep_freed_memory(largest=False):
 # ---------------------------------------------------------------------------------------------------
 
 
+HOW = ("steps", "guidance", "negative", "upscale", "direct", "renoise")  # flags that `generate` takes
+
+
 def parse_arguments(argv=None):
     # fmt: off
     parser = argparse.ArgumentParser(description="Sample images from a T2MD checkpoint, at any size.",
@@ -470,20 +536,25 @@ def parse_arguments(argv=None):
     add("--seed", type=int, default=0, help="of the first image's noise")
     add("--steps", type=int, default=20, help="of DPM-Solver++")
     add("--guidance", type=float, default=4.5, help="classifier-free guidance; 1 switches it off")
+    add("--direct", action="store_true", help="sample large sizes from noise at once, as the paper does")
+    add("--renoise", type=int, metavar="T", help="timestep up to which an enlarged picture is noised again")
     add("--upscale", type=int, default=1, metavar="M", help="upsample guidance, for M times the trained size")
     add("--negative", default="", help="prompt of the unconditional branch")
     add("--out", default="samples", help="folder for the images")
+    add("--export", metavar="DIR", help="draw nothing, write the checkpoint as a diffusers pipeline")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of denoiser and text encoder")
     add("--compile", action="store_true", help="torch.compile each block; pays for many images of one size")
     # fmt: on
     args = parser.parse_args(argv)
-    if (args.prompts is None) == (args.prompt is None):
-        parser.error("give one prompt, or a file with --prompts")
+    if [args.prompts, args.prompt, args.export].count(None) != 2:
+        parser.error("give one prompt, or a file with --prompts, or a folder with --export")
     if args.prompt is not None and not args.prompt.strip():
         parser.error("the prompt is empty")
     if min(args.n, args.steps, args.upscale) < 1:
         parser.error("--n, --steps and --upscale must be at least 1")
+    if args.renoise is not None and not 0 <= args.renoise < 1000:
+        parser.error("--renoise must be a timestep, 0 to 999")
     return args
 
 
@@ -516,7 +587,7 @@ def run(args):
     size = parse_size(
         args.size or str(model.config.sample_size * vae.factor * args.upscale), patch * args.upscale
     )
-    how = dict(steps=args.steps, guidance=args.guidance, negative=args.negative, upscale=args.upscale)
+    how = {name: getattr(args, name) for name in HOW}
     wanted = wanted_images(args)
 
     # the text encoder, by far the largest part at full size, is done and gone before the denoiser enters the
@@ -546,7 +617,7 @@ def main():
     if WORLD > 1 and args.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
-        run(args)
+        export(args.model, args.export) if args.export else run(args)
     except (OSError, ValueError) as error:
         sys.exit(f"sample.py: {error}")
     except KeyboardInterrupt:

@@ -570,6 +570,7 @@ class T2MD(ModelMixin, ConfigMixin):
         use_additional_conditions: PixArt 1024's size and aspect embeddings; True at sample_size 128 if None.
         beta_schedule: "linear" (teacher) or "scaled_linear" (quadratic, after adaptation), for the sampler.
         padding_tokens, local_enhancement: DiM's, off in T2MD; see `PaddingTokens` and `LocalEnhancement`.
+        renoise: timestep that the sampler goes back to with an enlarged picture, far above the trained size.
         vae, text_encoder: what it was trained with: folder (relative to the checkpoint's own) or repository.
     Raises ValueError for an unknown letter, embedding or schedule, or for widths that do not divide.
     """
@@ -583,7 +584,7 @@ class T2MD(ModelMixin, ConfigMixin):
                  out_channels=4, caption_width=4096, d_state=256, expand=2, head_dim=64, d_conv=4, n_groups=1,
                  chunk_size=256, pos_embed="centered", sample_size=64, interpolation_scale=None,
                  use_additional_conditions=None, beta_schedule="linear", padding_tokens=False,
-                 local_enhancement=False, vae=None, text_encoder=None):
+                 local_enhancement=False, renoise=500, vae=None, text_encoder=None):
         # fmt: on
         super().__init__()
         if not pattern or set(pattern) - set(MIXERS):

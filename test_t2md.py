@@ -1003,7 +1003,7 @@ def test_the_text_encoder_is_gone_before_the_denoiser_works(monkeypatch, tmp_pat
         loaded.append(weakref.ref(parts[1].model))
         return parts
 
-    def denoise(model, text, negative, latents, *_):
+    def denoise(model, text, negative, latents, *_, **__):
         gc.collect()
         gone.append(loaded[0]() is None)
         return latents
@@ -1562,6 +1562,102 @@ def test_sample_command(chain, tmp_path):
         and settings["size"] == [64, 128]
         and settings["model"] == model
     )
+
+
+def test_sizes_on_the_way():
+    """Direct up to 1.5 times the trained side; then the trained area in the asked shape, doubled until
+    there."""
+    way = functools.partial(sample.sizes_on_the_way, trained=512, multiple=16)
+    assert way((512, 512)) == [(512, 512)] and way((768, 768)) == [(768, 768)]
+    assert way((960, 544)) == [(960, 544)]  # the paper's own ratio, 1.98 times the area in 16:9
+    assert way((1024, 1024)) == [(512, 512), (1024, 1024)]
+    assert way((2048, 2048)) == [(512, 512), (1024, 1024), (2048, 2048)]
+    assert way((1536, 1536)) == [(512, 512), (1024, 1024), (1536, 1536)]
+    first, second, last = way((3840, 2160), trained=1024)
+    assert last == (3840, 2160) and second == (2 * first[0], 2 * first[1])
+    assert abs(first[0] * first[1] / 1024**2 - 1) < 0.05 and abs(first[0] / first[1] - 16 / 9) < 0.05
+
+
+def test_progressive_sampling(components, monkeypatch):
+    """A picture at the trained size, enlarged, noised to a timestep of the sampler's own grid and denoised
+    from there; only the remaining steps run at the new size, and one seed is one picture in any batch."""
+    torch.manual_seed(0)
+    model = shuffled(
+        T2MD(pattern="SHW", beta_schedule="scaled_linear", **TINY | dict(caption_width=64, sample_size=8))
+    ).eval()
+    vae, encoder, seen = VAE(components), TextEncoder(components), []
+    predict_noise = sample.predict_noise
+
+    def spy(model, z_t, t, *rest, **more):
+        seen.append((z_t.shape[-1], int(t)))
+        return predict_noise(model, z_t, t, *rest, **more)
+
+    monkeypatch.setattr(sample, "predict_noise", spy)
+    how = dict(steps=10, renoise=600)
+    (image,) = sample.generate(model, vae, encoder, ["a star"], (256, 256), [3], **how)
+    grid = sample.make_scheduler("scaled_linear")
+    grid.set_timesteps(10)
+    timesteps = grid.timesteps.tolist()
+    later = [t for t in timesteps if t <= 600]
+    assert image.size == (256, 256) and 0 < len(later) < 10
+    assert seen == [(8, t) for t in timesteps] + [(16, t) for t in later] + [(32, t) for t in later]
+    both = sample.generate(model, vae, encoder, ["a cross", "a star"], (256, 256), [2, 3], **how)
+    assert np.abs(np.asarray(both[1], float) - np.asarray(image, float)).max() <= 1
+    seen.clear()
+    sample.generate(model, vae, encoder, ["a star"], (256, 256), [3], steps=10, direct=True)
+    assert seen == [(32, t) for t in timesteps]
+
+
+def test_denoising_from_a_picture_starts_at_its_own_noise_level(components):
+    """z_t = sqrt(abar) z + sqrt(1 - abar) eps, diffusers' forward process; a perfect model gives z back."""
+    model = types.SimpleNamespace(
+        config=types.SimpleNamespace(beta_schedule="linear"), device="cpu", dtype=torch.float32
+    )
+    z, noise, started = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8), []
+    alpha_bar = sample.make_scheduler("linear").alphas_cumprod
+
+    def perfect(model, z_t, t, *_, **__):
+        started.append((z_t, int(t)))
+        return (z_t - alpha_bar[int(t)].sqrt() * z) / (1 - alpha_bar[int(t)]).sqrt()
+
+    text = torch.zeros(1, 1, 4), torch.ones(1, 1)
+    with (
+        mock.patch.object(sample, "predict_noise", perfect),
+        mock.patch.object(sample, "size_conditions", return_value={}),
+    ):
+        out = sample.denoise(model, text, text, noise, steps=10, guidance=1.0, picture=z, renoise=600)
+    z_t, t = started[0]
+    expected = train.DDPMScheduler(1000, beta_start=1e-4, beta_end=2e-2).add_noise(
+        z, noise, torch.tensor([t])
+    )
+    assert t <= 600 and torch.allclose(z_t, expected, atol=1e-5) and torch.allclose(out, z, atol=0.02)
+
+
+def test_an_exported_pipeline_gives_the_same_image(chain, tmp_path):
+    """In a fresh process, by diffusers alone; it asks that the module of the transformer be imported."""
+    folder = tmp_path / "pipeline"
+    assert (
+        call("sample.py", "--export", str(folder), "--model", os.path.join(chain, "hires1")).returncode == 0
+    )
+    script = (
+        "import sys, torch, diffusers, t2md\n"
+        "pipe = diffusers.DiffusionPipeline.from_pretrained(sys.argv[1])\n"
+        "noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))\n"
+        "how = dict(negative_prompt='', height=128, width=128, num_inference_steps=3, guidance_scale=4.5)\n"
+        "how |= dict(use_resolution_binning=False, clean_caption=False)\n"
+        "image = pipe('a photo of a Star ', latents=noise, **how).images[0]\n"
+        "image.save(sys.argv[2])\n"
+    )
+    result = run("-c", script, str(folder), str(tmp_path / "theirs.png"))
+    assert result.returncode == 0, result.stderr
+    (ours,) = sample.load(os.path.join(chain, "hires1"))(["a photo of a Star "], (128, 128), [5], steps=3)
+    theirs = np.asarray(Image.open(tmp_path / "theirs.png"), float)
+    assert np.abs(theirs - np.asarray(ours, float)).max() <= 1
+    again = call(
+        "sample.py", "a star", "--model", str(folder), "--steps", "1", "--size", "64", "--out", str(tmp_path)
+    )
+    assert again.returncode == 0, again.stderr
+    refused(call("sample.py", "--export", str(folder)), "is not empty")
 
 
 def test_sample_writes_genevals_layout_and_resumes(chain, tmp_path):

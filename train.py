@@ -75,7 +75,7 @@ CONFIGS = {
         out="runs/shapes", teacher="assets/teacher", pattern="SHWHWHW", checkpointing=False,
         float32_attention=False, adapt={},  # a second VAE and text encoder of its own
         model=dict(width=128, heads=4, caption_width=64, d_state=32, head_dim=32, chunk_size=32,
-                   sample_size=16),
+                   sample_size=16, renoise=600),
         parts=dict(vae=TOY | dict(steps=2500, batch_size=16, lr=2e-3, decay=0.5, muon=False),
                    text_encoder=TOY | dict(steps=1500, batch_size=128, lr=2e-3, muon=False))),
     "t2md": dict(  # the paper's; its optimiser is not given, so PixArt-alpha's own is used
