@@ -87,26 +87,21 @@ def parse_arguments(argv=None):
     add("--model", nargs="+", metavar="DIR", help="checkpoints (default: the shipped ones and those in OUT)")
     add("--records", type=int, default=552, help="how many held-out records (default 552, 92 of each kind)")
     add("--prompts", help="GenEval-format metadata .jsonl, instead of held-out records")
-    add("--size", type=int, nargs="+", help="pixels (default: the size each model was last trained at)")
+    add("--size", nargs="+", help="pixels, 512 or 688x384 (default: the size each model was last trained at)")
+    add("--direct", action="store_true", help="sample large sizes from noise at once, as the paper does")
+    add("--renoise", type=int, metavar="T", help="of progressive sampling, see sample.py")
     add("--upscale", type=int, default=1, metavar="M", help="upsample guidance, at M times a known size")
     add(
         "--zero-shot",
-        type=int,
         metavar="PIXELS",
-        help="more pictures of the last; --upscale is for them alone",
+        help="more pictures of the last; the three flags above are theirs alone",
     )
     add("--seed", type=int, default=0, help="of the records and of the noise (default 0)")
     add("--out", default=OUT, help="folder of the results (default %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    numbers = [
-        args.records,
-        args.upscale,
-        *(args.size or []),
-        1 if args.zero_shot is None else args.zero_shot,
-    ]
-    if min(numbers) < 1:
-        parser.error("--records, --size, --upscale and --zero-shot must be at least 1")
+    if min(args.records, args.upscale) < 1:
+        parser.error("--records and --upscale must be at least 1")
     return args
 
 
@@ -126,25 +121,25 @@ def run(args):
             f"{args.prompts} must hold GenEval's records: tag, one of {', '.join(TAGS)}, and include"
         )
     prompts, results, rows, shown = [record["prompt"] for record in records], {}, [], float("inf")
+    special = dict(upscale=args.upscale, direct=args.direct, renoise=args.renoise)
     print(f"{len(records)} records, 20 steps, guidance 4.5, seed {args.seed}")
-    print("".join(f"{name:>14}" for name in (*TAGS, "overall")) + "  pixels  model")
+    print("".join(f"{name:>14}" for name in (*TAGS, "overall")) + "    pixels  model")
     for folder in args.model or found(args.out):
         model = sample.load_denoiser(folder, args.device)
         parts = sample.load_parts(model, folder, args.device)
         shown = min(shown, model.config.sample_size * parts[0].factor // model.interpolation_scale)
         multiple = parts[0].factor * model.config.patch_size * args.upscale
-        for given in args.size or [model.config.sample_size * parts[0].factor]:
-            pixels, _ = sample.parse_size(str(given), multiple)
-            upscale = 1 if args.zero_shot else args.upscale
-            images = sample.generate_all(model, *parts, prompts, (pixels, pixels), args.seed, upscale=upscale)
+        for given in args.size or [str(model.config.sample_size * parts[0].factor)]:
+            size, how = sample.parse_size(given, multiple), {} if args.zero_shot else special
+            images = sample.generate_all(model, *parts, prompts, size, args.seed, **how)
+            pixels = str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
             scores = results.setdefault(folder, {})[pixels] = evaluate(images, records)
             line = "".join(f"{scores.get(name, float('nan')):14.3f}" for name in (*TAGS, "overall"))
-            print(f"{line}  {pixels:6}  {folder}", flush=True)
+            print(f"{line}  {pixels:>8}  {folder}", flush=True)
             rows.append(images[:12])
     if args.zero_shot:
-        pixels, _ = sample.parse_size(str(args.zero_shot), multiple)
-        how = dict(size=(pixels, pixels), seed=args.seed, upscale=args.upscale)
-        rows.append(sample.generate_all(model, *parts, prompts[:12], **how))
+        size = sample.parse_size(args.zero_shot, multiple)
+        rows.append(sample.generate_all(model, *parts, prompts[:12], size, args.seed, **special))
     sample.write_json(os.path.join(args.out, "eval.json"), results)
     sheet = sample.contact_sheet(rows, shown)  # all as large as the base size that they were distilled at
     sample.write_atomically(os.path.join(args.out, "eval.png"), lambda path: sheet.save(path, format="PNG"))

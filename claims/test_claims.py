@@ -49,7 +49,7 @@ def test_scores_prints_and_writes(chain, tmp_path, capsys):
 def test_scores_upscales_all_pictures_or_those_of_zero_shot_alone(chain, tmp_path, monkeypatch):
     sampled = []
 
-    def fake(model, vae, text_encoder, prompts, size, seed, upscale):
+    def fake(model, vae, text_encoder, prompts, size, seed, upscale=1, direct=False, renoise=None):
         sampled.append((*size, upscale))
         return [Image.new("RGB", (8, 8))] * len(prompts)
 
@@ -58,6 +58,9 @@ def test_scores_upscales_all_pictures_or_those_of_zero_shot_alone(chain, tmp_pat
     for zero_shot in ([], ["--zero-shot", "256"]):
         score(*command, "--out", str(tmp_path), *zero_shot)
     assert sampled == [(64, 64, 2), (64, 64, 1), (256, 256, 2)]
+    sampled.clear()
+    score("--records", "6", "--size", "64x32", "--model", os.path.join(chain, "kd"), "--out", str(tmp_path))
+    assert sampled == [(64, 32, 1)]  # width x height, as in sample.py
 
 
 def test_relative_errors_on_own_and_on_the_teachers_hidden_states():
