@@ -1351,38 +1351,40 @@ def test_a_stage_goes_on_with_what_it_was_begun_with(chain, tmp_path, capsys):
     assert plan() == ["kd"] and "forcing does not say with which" in capsys.readouterr().out
 
 
-def test_sigterm_saves_and_exits(chain, tmp_path):
-    """Two processes, told to stop by torchrun: the step they are in is finished and saved."""
+def start_node(node, out, port):
+    """One of two nodes, with one process: torchrun, as the README has it for several machines."""
+    launch = f"-m torch.distributed.run --nnodes 2 --nproc-per-node 1 --node-rank {node} --rdzv-id t2md"
+    launch += f" --rdzv-backend c10d --rdzv-endpoint localhost:{port}"
+    stage = ["train.py", "--stage", "forcing", "--steps", "200", "--batch-size", "2", "--examples", "0"]
+    command = [sys.executable, *launch.split(), *stage, "--out", str(out)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=HERE, **pipes)
+
+
+def test_two_nodes_told_to_stop_save_and_exit(chain, tmp_path):
+    """By torchrun's SIGTERM to one of them: both finish the step they are in, and the first process saves
+    it."""
     for part in ("vae", "text_encoder", "teacher", "features", "pictures", "index"):
         shutil.copytree(os.path.join(chain, part), tmp_path / part)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        "29531",
-        "train.py",
-        "--stage",
-        "forcing",
-        "--steps",
-        "200",
-        "--batch-size",
-        "2",
-        "--out",
-        str(tmp_path),
-    ]
-    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    nodes = [start_node(node, tmp_path, 29531) for node in range(2)]
     log = tmp_path / "forcing" / "log.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 2):
+    while nodes[0].poll() is None and not (log.exists() and log.read_text().count("\n") >= 2):
         time.sleep(0.1)
-    process.terminate()
-    _, errors = process.communicate(timeout=120)
+    nodes[1].terminate()
+    errors = "".join(node.communicate(timeout=120)[1] for node in nodes)
     done, planned = train.saved_step(tmp_path / "forcing")
-    assert process.returncode != 0 and 2 <= done < planned == 200
+    assert all(node.returncode != 0 for node in nodes) and 2 <= done < planned == 200
     assert f"forcing: told to stop; saved after step {done}; the same command continues from there" in errors
     assert len(log.read_text().splitlines()) == done
+
+
+def test_nodes_that_share_no_folder_are_told_so(tmp_path):
+    nodes = [start_node(node, tmp_path / str(node), 29532) for node in range(2)]
+    errors = [node.communicate(timeout=120)[1] for node in nodes]
+    for error in errors:
+        assert "is not one folder for all processes; on several nodes it must be shared" in error
+        assert "train.py: --out" in error and "Traceback" not in error.split("train.py: --out")[0]
+    assert not list(tmp_path.rglob(".shared*"))
 
 
 def test_a_teacher_can_be_trained_further(chain, tmp_path):

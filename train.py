@@ -893,14 +893,13 @@ def start_processes(args):
             sample.write_text(mark, "")
     seen = torch.tensor([float(os.path.exists(mark))], device=args.device)
     dist.all_reduce(seen)
+    if not RANK:
+        os.remove(mark)
     if int(seen) < WORLD:
-        raise ValueError(
-            f"--out {args.out} is not one folder for all processes; on several nodes it must be shared"
-        )
+        which = "is not one folder for all processes; on several nodes it must be shared"
+        raise ValueError(f"--out {args.out} {which}")
     if RANK:
         sys.stdout = open(os.devnull, "w")
-    else:
-        os.remove(mark)
 
 
 def main():
