@@ -1,8 +1,8 @@
 """Train T2MD: one script, stages by flag. With no data and no GPU it runs on the embedded world, "shapes".
 
-    python train.py --stage kd           # from the shipped teacher: forcing first if there is none yet, then
-    kd python train.py --stage all          # the whole chain from no weights at all
-    python train.py --stage data --data DIR_OR_TARS     # what a data set of images holds, bucket by bucket
+    python train.py --stage kd                      # from the shipped teacher: forcing, if not done, then kd
+    python train.py --stage all                     # the whole chain from no weights at all
+    python train.py --stage data --data DIR_OR_TARS # what a data set of images holds, bucket by bucket
 
     stage     starts from   trains                    loss           size (x base)
     teacher   nothing       VAE, T5, then the DiT     their own      1
@@ -14,8 +14,8 @@
 
 Each stage writes OUT/STAGE: config.json and safetensors (EMA weights, what sample.py and diffusers load),
 made_with.json (all that its result depends on; a folder begun with other things is refused),
-training_state.pt (what a restart needs), log.jsonl (a line a step) and pictures: teacher above student, at
-each size.
+training_state.pt (what a restart needs), log.jsonl (a line a step) and pictures, the student's below the
+teacher's, at each size.
 
 Sections: 1 configurations - 2 stages - 3 the loop - 4 from a stage to the loop - 5 command line.
 """
@@ -113,8 +113,7 @@ def readers_and_writer(model):
 
 
 # A loss takes (student, teacher, given = (z_t, t, text, mask), noise, backward, conditions), and as keywords
-# the
-# weights of L_soft and L_mixer and each image's SNR; it calls backward and returns {name: detached term}.
+# the weights of L_soft and L_mixer and each image's SNR; it calls backward, returns {name: detached term}.
 
 
 def by_forcing(student, teacher, given, noise, backward, conditions, **_):
