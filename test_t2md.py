@@ -1110,6 +1110,13 @@ def test_the_base_size_is_the_teachers(tmp_path):
     assert model.config.sample_size * 8 // max(train.STAGES["hires1"].sizes) == 1024
 
 
+def test_bfloat16_says_where_it_is_slower(monkeypatch, capsys):
+    clock = iter([0, 1] * 5 + [0, 3] * 5)  # float32 takes a second each, bfloat16 three
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+    train.say_if_slower()
+    assert "multiply 3.0 times slower than in float32" in capsys.readouterr().out
+
+
 def test_what_does_not_decay():
     """mamba-ssm marks A_log, D and dt_bias; biases, norms and tables are left alone too."""
     model = T2MD(pattern="SHW", padding_tokens=True, **TINY)
