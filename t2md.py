@@ -26,10 +26,13 @@ serve them.
 """
 
 import glob
+import importlib
+import importlib.util
 import json
 import math
 import os
 import sys
+import types
 from functools import lru_cache, partial
 
 import torch
@@ -243,10 +246,9 @@ def ssd(x, dt, A, B, C, chunk_size, D=None):
         state_out = exp(s_last) state_in + sum_j exp(s_last - s_j) B_j u_j^T
 
     so inside a chunk it is causal attention without a softmax, (G * L) u with G = C B^T (one for all heads
-    of a group) and L_ij = exp(s_i - s_j), and between chunks a short recurrence. Every exponent is <= 0, so
-    strong decay underflows to zero and nothing overflows. Decay sums and states are kept in float32 (or
-    float64), whatever the dtype of x. Memory: one chunk's matrices at a time; for the backward pass, a state
-    per chunk.
+    of a group) and L_ij = exp(s_i - s_j), and between chunks a short recurrence, which unrolls to a matrix
+    like L in its turn. Every exponent is <= 0, so strong decay underflows to zero and nothing overflows.
+    Decay sums and states are kept in float32 (or float64), whatever the dtype of x. Section 8 computes it.
     """
     precise, g = torch.promote_types(x.dtype, torch.float32), B.shape[2]
 
@@ -254,7 +256,7 @@ def ssd(x, dt, A, B, C, chunk_size, D=None):
         return None if v is None else v.unflatten(dim, (g, -1))
 
     x, dt, A, D = by_group(x, 2), by_group(dt.to(precise), 2), by_group(A.to(precise), 0), by_group(D, 0)
-    return ChunkScan.apply(x, dt, A, B, C, D, chunk_size).flatten(2, 3)
+    return ChunkScan.apply(x, dt, A, B, C, D, chunk_size, chunks_at_once(x, B, chunk_size)).flatten(2, 3)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -283,7 +285,8 @@ class Mamba2(nn.Module):
     Parameter names and shapes are those of mamba-ssm's `Mamba2` and transformers' `Mamba2Mixer`, so that
     weights move between them unchanged.
 
-    Args: width d; d_state N; expand (inner width / d); head_dim P; d_conv; n_groups; chunk_size (on a GPU).
+    Args: width d; d_state N; expand (inner width / d); head_dim P; d_conv; n_groups; chunk_size (of
+        mamba-ssm's kernels).
     Raises ValueError if the inner width is no multiple of head_dim or the heads no multiple of n_groups.
     """
 
@@ -314,32 +317,34 @@ class Mamba2(nn.Module):
         self.A_log.copy_(torch.empty(self.n_heads).uniform_(*A_range).log())
         self.D.fill_(1.0)
 
+    def convolve(self, xBC):
+        """The causal depthwise conv1d over xBC (b, l, conv_width), whose channels stay side by side in
+        memory."""
+        conv, l = self.conv1d, xBC.shape[1]
+        if xBC.is_cuda:  # a sum of shifted products, of which torch.compile makes one pass over memory
+            padded = F.pad(xBC, (0, 0, *conv.padding, 0))
+            taps = (w * padded[:, k : k + l] for k, w in enumerate(conv.weight[:, 0].unbind(1)))
+            return sum(taps, conv.bias).to(xBC.dtype)
+        # as a 2-D one over a line of pixels, channels last, it needs no transposes: 3x faster on a CPU
+        line, weight, padding = xBC.mT[:, :, None], conv.weight[:, :, None], (0, *conv.padding)
+        return F.conv2d(line, weight, conv.bias, padding=padding, groups=conv.groups)[:, :, 0, :l].mT
+
     def scan(self, xBC, dt):
         """Convolution, recurrence: xBC (b, l, conv_width), dt (b, l, n_heads) -> y (b, l, inner)."""
         b, l, _ = xBC.shape
-        # The causal depthwise conv1d, as a 2-D one over a line of pixels: a token's channels stay together in
-        # memory (channels last), which saves the transposes and is 3x faster on a CPU.
-        conv = self.conv1d
-        xBC = F.conv2d(
-            xBC.transpose(1, 2)[:, :, None],
-            conv.weight[:, :, None],
-            conv.bias,
-            padding=(0, *conv.padding),
-            groups=conv.groups,
-        )
-        xBC = F.silu(xBC[:, :, 0, :l].transpose(1, 2))
         states = self.n_groups * self.d_state
-        x, B, C = xBC.split([xBC.shape[-1] - 2 * states, states, states], dim=-1)
+        sizes = [self.n_heads * self.head_dim, states, states]
+        x, B, C = F.silu(self.convolve(xBC)).split(sizes, dim=-1)
         precise = torch.promote_types(dt.dtype, torch.float32)
         dt = F.softplus(dt.to(precise) + self.dt_bias.to(precise))
         A = -self.A_log.to(precise).exp()
         x = x.reshape(b, l, self.n_heads, self.head_dim)
         B, C = (m.reshape(b, l, self.n_groups, self.d_state) for m in (B, C))
-        if mamba_scan is not None and x.device.type in KERNEL_DEVICES and x.dtype != torch.float64:
+        if scan_runs(x.device.type, x.dtype):
             scan = compiled_mamba_scan if torch.compiler.is_compiling() else mamba_scan
             y = scan(x, dt, A, B, C, self.chunk_size, D=self.D)
-        else:  # on a CPU 64 is fastest at every size measured; the result does not depend on it
-            y = ssd(x, dt, A, B, C, self.chunk_size if x.is_cuda else 64, D=self.D)
+        else:  # the result does not depend on the chunk; on a CPU 64 is fastest at every size measured
+            y = ssd(x, dt, A, B, C, 128 if x.is_cuda else 64, D=self.D)
         return y.reshape(b, l, -1)
 
     def forward(self, u):
@@ -406,12 +411,7 @@ class MambaMixer(nn.Module):
 def attention(q, k, v, heads, mask=None):
     """Multi-head softmax attention: q (B, L, d), k, v (B, T, d), mask that broadcasts to (B, heads, L, T)."""
     q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q, k, v))  # (B, L, heads, d/heads)
-    if (
-        flash_attention is not None
-        and q.is_cuda
-        and mask is None
-        and q.dtype in (torch.float16, torch.bfloat16)
-    ):
+    if mask is None and flash_runs(q.device.type, q.dtype):
         return flash_attention(q, k, v).flatten(2)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
@@ -717,7 +717,7 @@ class T2MD(ModelMixin, ConfigMixin):
         Returns Transformer2DModelOutput with `sample` (B, out_channels, h, w), or a 1-tuple.
         Raises ValueError if patch_size does not divide h and w, or size conditions are missing.
         """
-        say_kernels(hidden_states.device.type)
+        say_kernels(self, hidden_states)
         h, grid = self.tokens(hidden_states)  # (B, L, d)
         embedded, time = self.embed_time(timestep, len(h), added_cond_kwargs)  # (B, d), (B, 6, d)
         text, mask = self.caption_projection(encoder_hidden_states), encoder_attention_mask  # (B, T, d)
@@ -991,128 +991,183 @@ def pixart_config(config):
 # ---------------------------------------------------------------------------------------------------
 
 
+AT_ONCE = 2**28  # bytes of a GPU's memory for the matrices and states of the chunks that `ssd` takes at once
+
+
+def chunks_at_once(x, B, chunk_size):
+    """On a CPU one, whose matrices stay in its cache; on a GPU as many as AT_ONCE holds: starting its kernels
+    costs more time than the work of a small chunk."""
+    b, _, g, r, p = x.shape
+    each = 4 * b * g * r * (chunk_size**2 + p * B.shape[-1])
+    return max(1, AT_ONCE // each) if x.is_cuda else 1
+
+
+def decays(s):
+    """Running sums s (..., c) that fall -> L (..., c, c): exp(s_i - s_j) where j <= i, 1 above the
+    diagonal."""
+    return (s[..., :, None] - s[..., None, :]).clamp_(max=0).exp_()
+
+
 class ChunkScan(torch.autograd.Function):
     """`ssd` with its heads by group: x (b, l, g, r, p), dt (b, l, g, r), A and D (g, r), B and C (b, l, g,
-    n) -> y like x, where r heads share each of the g groups. Subscripts below: i reads, j <= i is read, both
-    inside one chunk.
+    n) -> y like x, where r heads share each of the g groups. Goes through the sequence by blocks of k chunks
+    of c tokens. Subscripts below: i reads, j <= i is read, both inside one chunk.
 
     The gradient is written out because autograd would keep every chunk's matrices: it goes from the last
-    chunk to the first, makes their matrices again and carries the state's gradient. States are (b, g, r, p,
-    n).
+    block to the first, makes their matrices again and carries the state's gradient. Kept for it: a state
+    (b, g, r, p, n) for each chunk.
     """
 
     @staticmethod
-    def chunk(x, dt, A, B, C):
-        """One chunk's u (b, c, g, r, p), decay sums s (b, g, r, c), G (b, g, 1, c, c) and L (b, g, r, c, c);
-        where j > i, G is 0 and L 1."""
-        s = (dt * A).permute(0, 2, 3, 1).contiguous().cumsum(-1)
-        L = (s[..., :, None] - s[..., None, :]).clamp_(max=0).exp_()
-        G = torch.einsum("bign,bjgn->bgij", C, B).tril_()[:, :, None]
-        return x * dt[..., None].to(x.dtype), s, G, L
+    def blocks(chunk_size, at_once, *tensors):
+        """Views (b, k, c, ...) of tensors (b, l, ...), block by block; a shorter last chunk is its own."""
+        length = tensors[0].shape[1]
+        whole = length - length % chunk_size
+        starts = [*range(0, whole, chunk_size * at_once), *([whole] if whole < length else [])]
+        for start, end in zip(starts, [*starts[1:], length]):
+            yield [v[:, start:end].unflatten(1, (-1, min(chunk_size, end - start))) for v in tensors]
 
     @staticmethod
-    def decays(s, dtype):
-        """From the chunk's start to i, and from j to its end: both (b, c, g, r, 1)."""
-        return [v.exp().permute(0, 3, 1, 2)[..., None].to(dtype) for v in (s, s[..., -1:] - s)]
+    def matrices(x, dt, A, B, C):
+        """A block's u (b, k, c, g, r, p), decay sums s (b, k, g, r, c), decays from the chunk's start to i
+        and from j to its end (b, k, c, g, r, 1), G (b, k, g, 1, c, c) and L (b, k, g, r, c, c); where j > i,
+        G is 0 and L 1."""
+        s = (dt * A).permute(0, 1, 3, 4, 2).contiguous().cumsum(-1)
+        ends = (v.exp().permute(0, 1, 4, 2, 3)[..., None].to(x.dtype) for v in (s, s[..., -1:] - s))
+        G = torch.einsum("bkign,bkjgn->bkgij", C, B).tril_()[:, :, :, None]
+        return x * dt[..., None].to(x.dtype), s, *ends, G, decays(s)
 
     @staticmethod
-    def forward(ctx, x, dt, A, B, C, D, chunk_size):
-        y, states, state = torch.empty_like(x), [], None
-        for k, (yc, xc, dtc, Bc, Cc) in enumerate(
-            zip(*(v.split(chunk_size, dim=1) for v in (y, x, dt, B, C))), start=1
-        ):
-            u, s, G, L = ChunkScan.chunk(xc, dtc, A, Bc, Cc)
-            from_start, to_end = ChunkScan.decays(s, x.dtype)
-            yc.copy_(torch.einsum("bgrij,bjgrp->bigrp", L.mul_(G).to(x.dtype), u))
-            if state is not None:
-                yc.addcmul_(from_start, torch.einsum("bign,bgrpn->bigrp", Cc, state.to(x.dtype)))
+    def carry(added, total, state, back=False):
+        """The recurrence over chunks: what each adds to the state (b, k, g, r, p, n), the sum of its decays
+        (b, k, g, r), and the state (b, g, r, p, n), or None, before the block -> the states before each
+        chunk, and after each. `back`: from the last chunk to the first, as the states' gradient goes."""
+        state = None if state is None else state[:, None]
+        if added.shape[1] == 1:
+            return state, added if state is None else added.addcmul_(total.exp()[..., None, None], state)
+        state = torch.zeros_like(added[:, :1]) if state is None else state
+        L = decays(F.pad(total.cumsum(1).movedim(1, -1), (1, 0))).tril()
+        with torch.autocast(added.device.type, enabled=False):
+            if back:
+                states = torch.einsum("bgrij,bigrpn->bjgrpn", L, torch.cat([added, state], dim=1))
+                return states[:, 1:], states[:, :-1]
+            states = torch.einsum("bgrij,bjgrpn->bigrpn", L, torch.cat([state, added], dim=1))
+            return states[:, :-1], states[:, 1:]
+
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, D, chunk_size, at_once):
+        y, kept, state, keep = torch.empty_like(x), [], None, any(ctx.needs_input_grad)
+        last = (x.shape[1] - 1) // chunk_size * chunk_size
+        for n, (xc, dtc, Bc, Cc, yc) in enumerate(ChunkScan.blocks(chunk_size, at_once, x, dt, B, C, y)):
+            u, s, from_start, to_end, G, L = ChunkScan.matrices(xc, dtc, A, Bc, Cc)
+            yc.copy_(torch.einsum("bkgrij,bkjgrp->bkigrp", L.mul_(G).to(x.dtype), u))
+            before, after = None if state is None else state[:, None], None
+            if n * at_once * chunk_size < last:  # nobody reads the state after the last chunk
+                added = torch.einsum("bkjgrp,bkjgn->bkgrpn", u.mul_(to_end), Bc).to(s.dtype)
+                before, after = ChunkScan.carry(added, s[..., -1], state)
+                state = after[:, -1]
+            if before is not None:
+                yc.addcmul_(from_start, torch.einsum("bkign,bkgrpn->bkigrp", Cc, before.to(x.dtype)))
             if D is not None:
                 yc.addcmul_(D.to(x.dtype)[..., None], xc)
-            if any(ctx.needs_input_grad):
-                states.append(state)
-            if k * chunk_size < x.shape[1]:  # nobody reads the last chunk's state
-                written = torch.einsum("bjgrp,bjgn->bgrpn", u.mul_(to_end), Bc).to(s.dtype)
-                state = (
-                    written if state is None else written.addcmul_(s[..., -1].exp()[..., None, None], state)
-                )
-        if any(ctx.needs_input_grad):
-            ctx.save_for_backward(x, dt, A, B, C, D, y, *states)
-        ctx.chunk_size = chunk_size
+            kept += [before, after] if keep else []
+        if keep:
+            ctx.save_for_backward(x, dt, A, B, C, D, y, *kept)
+        ctx.sizes = chunk_size, at_once
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, dt, A, B, C, D, y, *states = ctx.saved_tensors
-        chunks = zip(
-            *(v.split(ctx.chunk_size, dim=1) for v in (x, dt, B, C, y, dy)), states, [*states[1:], None]
-        )
-        gradients, dstate = [], None  # dstate: of the state that leaves the chunk
+        x, dt, A, B, C, D, y, *kept = ctx.saved_tensors
+        blocks = zip(ChunkScan.blocks(*ctx.sizes, x, dt, B, C, y, dy), kept[::2], kept[1::2])
+        gradients, dstate = [], None  # dstate: of the state after the block
         dA, dD = (None if v is None else torch.zeros_like(v) for v in (A, D))
-        for xc, dtc, Bc, Cc, yc, dyc, state, state_out in reversed(list(chunks)):
-            u, s, G, L = ChunkScan.chunk(xc, dtc, A, Bc, Cc)
-            from_start, to_end = ChunkScan.decays(s, x.dtype)
-            dG = torch.einsum("bigrp,bjgrp->bgrij", dyc, u).mul(L).sum(2).tril_().to(x.dtype)
-            du = torch.einsum("bgrij,bigrp->bjgrp", L.mul_(G).to(x.dtype), dyc)
-            dB = torch.einsum("bgij,bign->bjgn", dG, Cc)
-            dC = torch.einsum("bgij,bjgn->bign", dG, Bc)
-            dstate_in = None
-            if state is not None:
+        for (xc, dtc, Bc, Cc, yc, dyc), before, after in reversed(list(blocks)):
+            u, s, from_start, to_end, G, L = ChunkScan.matrices(xc, dtc, A, Bc, Cc)
+            dG = torch.einsum("bkigrp,bkjgrp->bkgrij", dyc, u).mul(L).sum(3).tril_().to(x.dtype)
+            du = torch.einsum("bkgrij,bkigrp->bkjgrp", L.mul_(G).to(x.dtype), dyc)
+            dB = torch.einsum("bkgij,bkign->bkjgn", dG, Cc)
+            dC = torch.einsum("bkgij,bkjgn->bkign", dG, Bc)
+            dafter, dbefore = None if dstate is None else dstate[:, None], None
+            if before is not None:
                 dread = from_start * dyc
-                dC = dC + torch.einsum("bigrp,bgrpn->bign", dread, state.to(x.dtype))
-                dstate_in = torch.einsum("bigrp,bign->bgrpn", dread, Cc).to(s.dtype)
-            if dstate is not None:
-                du = torch.addcmul(du, to_end, torch.einsum("bjgn,bgrpn->bjgrp", Bc, dstate.to(x.dtype)))
-                dB = dB + torch.einsum("bjgrp,bgrpn->bjgn", to_end * u, dstate.to(x.dtype))
+                dC = dC + torch.einsum("bkigrp,bkgrpn->bkign", dread, before.to(x.dtype))
+                dbefore = torch.einsum("bkigrp,bkign->bkgrpn", dread, Cc).to(s.dtype)
+                dafter, dbefore = ChunkScan.carry(dbefore, s[..., -1], dstate, back=True)
+            dstate = None if dbefore is None else dbefore[:, 0]
+            if dafter is not None:
+                dadded = dafter.to(x.dtype)
+                du = torch.addcmul(du, to_end, torch.einsum("bkjgn,bkgrpn->bkjgrp", Bc, dadded))
+                dB = dB + torch.einsum("bkjgrp,bkgrpn->bkjgn", to_end * u, dadded)
             dx, ddt = du * dtc[..., None].to(x.dtype), (du.to(s.dtype) * xc).sum(-1)
             if D is not None:
                 dx.addcmul_(D.to(x.dtype)[..., None], dyc)
-                dD += (dyc.to(s.dtype) * xc).sum((0, 1, 4))
+                dD += (dyc.to(s.dtype) * xc).sum((0, 1, 2, 5))
             # s_i scales all that y_i reads, -s_j all that is read of u_j (D's share of dy y and dx x
-            # cancels), s_last the
-            # state that leaves
+            # cancels), s_last the state after the chunk
             ds = (dyc.to(s.dtype) * yc).sum(-1) - (dx.to(s.dtype) * xc).sum(-1)
-            if dstate is not None:
-                ds[:, -1] += (dstate * state_out).sum((3, 4))
-                if dstate_in is not None:
-                    dstate_in.addcmul_(s[..., -1].exp()[..., None, None], dstate)
-            dstate = dstate_in
-            ddecay = ds.flip(1).cumsum(1).flip(1)
-            dA += (dtc * ddecay).sum((0, 1))
-            gradients.append((dx, ddt + A * ddecay, dB, dC))
+            if dafter is not None:
+                ds[:, :, -1] += (dafter * after).sum((4, 5))
+            ddecay = ds.flip(2).cumsum(2).flip(2)
+            dA += (dtc * ddecay).sum((0, 1, 2))
+            gradients.append([v.flatten(1, 2) for v in (dx, ddt + A * ddecay, dB, dC)])
         dx, ddt, dB, dC = (torch.cat(parts[::-1], dim=1) for parts in zip(*gradients))
-        return dx, ddt, dA, dB, dC, dD, None
+        return dx, ddt, dA, dB, dC, dD, None, None
 
 
-# Optional kernels: mamba-ssm (https://github.com/state-spaces/mamba) and flash-attn. Both are written for
-# CUDA;
-# mamba-ssm's are pure Triton and run, slowly, on a CPU in Triton's interpreter.
+# Optional kernels, for CUDA: mamba-ssm (https://github.com/state-spaces/mamba) and flash-attn. The former's
+# scan is pure Triton: it needs no compiler, and in Triton's interpreter it runs on a CPU too, slowly.
 KERNEL_DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+
+
+def import_kernel(name, module):
+    """Function `name` of `module`; None if its package is not installed, or, said once on stderr, fails at
+    import.
+
+    All of mamba_ssm wants selective_scan_cuda at import, the compiled scan of Mamba-1, which is never called
+    here and which a build without a compiler lacks: an empty module stands in for it meanwhile.
+    """
+    package, wanted = module.split(".")[0], "selective_scan_cuda"
+    if importlib.util.find_spec(package) is None:
+        return None
+    stands_in = wanted not in sys.modules and importlib.util.find_spec(wanted) is None
+    if stands_in:
+        sys.modules[wanted] = types.ModuleType(wanted)
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:  # built against another torch or Triton, a package raises anything
+        print(
+            f"t2md: {package} is installed, but fails at import: {error!r}; going on without", file=sys.stderr
+        )
+    finally:
+        if stands_in:
+            del sys.modules[wanted]
+
+
 mamba_scan = flash_attention = None
 if torch.cuda.is_available() or "cpu" in KERNEL_DEVICES:
-    try:
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as mamba_scan
-    except ImportError:
-        pass
-    try:
-        from flash_attn import flash_attn_func as flash_attention
-    except ImportError:
-        pass
+    mamba_scan = import_kernel("mamba_chunk_scan_combined", "mamba_ssm.ops.triton.ssd_combined")
+    flash_attention = import_kernel("flash_attn_func", "flash_attn")
 
 
+def scan_runs(device_type, dtype):
+    return mamba_scan is not None and device_type in KERNEL_DEVICES and dtype != torch.float64
+
+
+def flash_runs(device_type, dtype):
+    half = dtype in (torch.float16, torch.bfloat16)
+    return flash_attention is not None and device_type == "cuda" and half
+
+
+# fmt: off
 @torch.library.custom_op("t2md::mamba_scan", mutates_args=())
-def compiled_mamba_scan(
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    chunk_size: int,
-    D: torch.Tensor,
-) -> torch.Tensor:
+def compiled_mamba_scan(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor,
+                        chunk_size: int, D: torch.Tensor) -> torch.Tensor:
     """mamba-ssm's scan as one opaque operator, so that torch.compile does not break a block's graph at it.
     No gradient."""
     return mamba_scan(x, dt, A, B, C, chunk_size, D=D)
+# fmt: on
 
 
 @compiled_mamba_scan.register_fake
@@ -1120,12 +1175,19 @@ def _(x, *_):
     return x.new_empty(x.shape)
 
 
+def say_kernels(model, x):
+    """Say, once, which kernels a T2MD runs on input x."""
+    device = x.device.type
+    if device == "meta":  # nothing runs
+        return
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    precise = any(getattr(block.mixer, "float32", False) for block in model.blocks)
+    scan = "mamba-ssm" if scan_runs(device, dtype) else "plain PyTorch"
+    flash = flash_runs(device, torch.float32 if precise else dtype)
+    attention = "flash-attn" if flash else "PyTorch SDPA"
+    say_once(f"t2md on {device} in {str(dtype)[6:]}: scan by {scan}, self-attention by {attention}")
+
+
 @lru_cache(maxsize=None)
-def say_kernels(device_type):
-    """Say once, on stderr, which path a device takes."""
-    fast = device_type in KERNEL_DEVICES
-    print(
-        f"t2md on {device_type}: scan by {'mamba-ssm' if fast and mamba_scan else 'plain PyTorch'}, "
-        f"attention by {'flash-attn' if fast and flash_attention else 'PyTorch SDPA'}",
-        file=sys.stderr,
-    )
+def say_once(text):
+    print(text, file=sys.stderr)
