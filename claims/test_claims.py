@@ -15,7 +15,7 @@ from PIL import Image
 
 import sample
 import train
-from claims import figures, scores, table1
+from claims import figures, scores, speed, table1
 from data.shapes import BACKGROUND, TAGS, draw_shapes, heldout_records
 from t2md import T2MD, MambaMixer
 from test_t2md import HERE, chain, refused
@@ -229,12 +229,13 @@ def test_every_command_on_the_page_is_one(page):
         "-m claims.scores": scores,
         "-m claims.table1": table1,
         "-m claims.figures": figures,
+        "-m claims.speed": speed,
     }
     with open(os.path.join(HERE, page)) as file:
         blocks = re.findall(r"^```\w*\n(.*?)^```", file.read().replace("\\\n", " "), flags=re.S | re.M)
     lines = [re.sub(r"\s#.*", "", line) for line in "".join(blocks).splitlines() if "$" not in line]
     found = [
-        re.search(r"python (train\.py|-m claims\.(?:scores|table1|figures))([^;&|\"]*)", line)
+        re.search(r"python (train\.py|-m claims\.(?:scores|table1|figures|speed))([^;&|\"]*)", line)
         for line in lines
     ]
     assert any(found)
