@@ -405,12 +405,15 @@ def claim(folder, made_with, begun=None):
 
 
 def read_json(path):
-    """The value in a JSON file.  Raises ValueError, naming the file, if it is not readable."""
+    """The object in a JSON file, a dict.  Raises ValueError, naming the file, if it holds none."""
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except ValueError as error:
+            value = json.load(file)
+        if not isinstance(value, dict):
+            raise ValueError("it holds no JSON object")
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable: {error}") from error
+    return value
 
 
 def contact_sheet(rows, side, captions=None):
@@ -455,16 +458,17 @@ def read_prompts(path):
     Raises ValueError, with the line's number, for what is not readable or has no prompt.
     """
     records = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line) if path.endswith(".jsonl") else {"prompt": line.strip()}
-                if not record["prompt"].strip():
+                text = line.decode().strip()
+                record = json.loads(text) if path.endswith(".jsonl") else {"prompt": text}
+                if not record["prompt"].strip().encode():  # raises for half of an emoji, which is no text
                     raise KeyError
-            except (ValueError, KeyError, TypeError, AttributeError):
-                what = 'a .jsonl needs a JSON object with a "prompt" in each line'
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                what = 'it must be UTF-8, and a .jsonl needs a JSON object with a "prompt" in each line'
                 raise ValueError(f"{path}, line {number}, has no prompt: {what}") from None
             records.append(record)
     if not records:

@@ -28,6 +28,7 @@ serve them.
 import glob
 import importlib
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -72,6 +73,8 @@ class VAE:
         self.factor = 2 ** (len(config.block_out_channels) - 1)
         self.channels = config.latent_channels
         self.scale, self.shift = config.scaling_factor, config.shift_factor or 0.0
+        if not all(isinstance(value, int | float) for value in (self.scale, self.shift)):
+            raise ValueError(f"the VAE in {path_or_repo} is scaled by {self.scale}, {self.shift}: no numbers")
 
     def in_tiles(self, tile, side):
         """Encode or decode next in tiles of `tile` pixels if an image's longer `side` exceeds them (None:
@@ -118,6 +121,12 @@ class TextEncoder:
         self.model = load_part(T5EncoderModel, path_or_repo, "text_encoder", dtype=dtype)
         self.model = self.model.to(device).eval().requires_grad_(False)
         self.max_length, self.width = max_length, self.model.config.d_model
+        try:
+            self.tokenizer([""])
+            if max(self.tokenizer.get_vocab().values(), default=0) >= self.model.config.vocab_size:
+                raise ValueError("it has tokens that the text encoder does not know")
+        except Exception as error:
+            raise ValueError(f"the tokenizer in {path_or_repo} is of no use: {error}") from error
 
     @torch.no_grad()
     def __call__(self, captions):
@@ -550,6 +559,11 @@ class Block(nn.Module):
         return h, mixer_input, mixer_output
 
 
+# the arguments of T2MD that are counts
+WHOLE = {"width", "heads", "patch_size", "in_channels", "out_channels", "caption_width", "d_state", "expand"}
+WHOLE |= {"head_dim", "d_conv", "n_groups", "chunk_size", "sample_size", "renoise"}
+
+
 class T2MD(ModelMixin, ConfigMixin):
     """Teacher and student: a PixArt-alpha backbone whose block n mixes tokens by the letter `pattern[n]`.
 
@@ -587,6 +601,13 @@ class T2MD(ModelMixin, ConfigMixin):
                  local_enhancement=False, renoise=500, vae=None, text_encoder=None):
         # fmt: on
         super().__init__()
+        for name, value in self.config.items():
+            if name in WHOLE and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} {value!r} must be a positive whole number")
+            if name in ("vae", "text_encoder") and not isinstance(value, str | None):
+                raise ValueError(f"{name} {value!r} must be a folder or a repository")
+        if not isinstance(interpolation_scale, int | float | None):
+            raise ValueError(f"interpolation_scale {interpolation_scale!r} must be a number")
         if not pattern or set(pattern) - set(MIXERS):
             raise ValueError(f"pattern {pattern!r} must be made of the letters {' '.join(MIXERS)}")
         if pos_embed not in COORDINATES or beta_schedule not in ("linear", "scaled_linear"):
@@ -640,7 +661,8 @@ class T2MD(ModelMixin, ConfigMixin):
 
     def arguments(self):
         """What this model was made with: T2MD(**model.arguments()) is one like it, with fresh weights."""
-        return {name: value for name, value in self.config.items() if not name.startswith("_")}
+        known = inspect.signature(type(self)).parameters
+        return {name: value for name, value in self.config.items() if name in known}
 
     def tokens(self, hidden_states):
         """Latents (B, C, h, w) -> tokens with their positions (B, L, d), and their grid (H, W); with DiM's
@@ -939,7 +961,7 @@ def load_backbone(path_or_repo, **overrides):
             ours = json.load(file).get("_class_name") == "T2MD"
     except OSError:
         ours = False  # a repository, or nothing: load_part will say
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path_or_repo}/config.json is not readable: {error}") from error
     if not ours:
         return T2MD.from_pixart(path_or_repo, **overrides)

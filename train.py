@@ -21,6 +21,7 @@ Sections: 1 configurations - 2 stages - 3 the loop - 4 from a stage to the loop 
 """
 
 import argparse
+import contextlib
 import copy
 import datetime
 import functools
@@ -32,6 +33,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 import zlib
 from dataclasses import dataclass, field
 
@@ -302,8 +304,12 @@ class Optimizer:
         return [part.state_dict() for part in self.parts]
 
     def load_state_dict(self, states):
-        for part, state in zip(self.parts, states):
-            part.load_state_dict(state)
+        """Take the states over; rates and the like stay the plan's.  Raises ValueError if they do not fit."""
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(part.state_dict() | dict(state=state["state"]))
+            for p, own in part.state.items():
+                if not all(torch.is_tensor(value) and value.shape in (p.shape, ()) for value in own.values()):
+                    raise ValueError("the state of another parameter")
 
 
 def sum_over_processes(tensors):
@@ -360,20 +366,26 @@ def save_model(model, folder, dtype=torch.float32):
     os.rmdir(temporary)
 
 
+@contextlib.contextmanager
+def reading_state(folder, **how):
+    """The training state in `folder`, left as it is.  Raises ValueError for all that is wrong with it."""
+    path = os.path.join(folder, STATE)
+    try:
+        yield torch.load(path, map_location="cpu", weights_only=True, **how)
+    except Exception as error:  # torch raises anything
+        reason = f"is no readable training state ({type(error).__name__})"
+        raise ValueError(f"{path} {reason}; move it away to train this stage again") from error
+
+
 def saved_step(folder):
     """(steps done, steps planned) of the training in `folder`; (0, None) if there is none.
 
     Raises ValueError if its training state is not readable.
     """
-    path = os.path.join(folder, STATE)
-    if not os.path.exists(path):
+    if not os.path.exists(os.path.join(folder, STATE)):
         return 0, None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with reading_state(folder, mmap=True) as state:
         return int(state["step"]), int(state["steps"])
-    except Exception as error:
-        reason = f"is no readable training state ({type(error).__name__})"
-        raise ValueError(f"{path} {reason}; move it away to train this stage again") from error
 
 
 class Run:
@@ -385,15 +397,22 @@ class Run:
         self.ema = EMAModel(network.parameters(), decay=plan["ema"])
         self.start, _ = saved_step(folder)
         if self.start:
-            state = torch.load(os.path.join(folder, STATE), map_location="cpu", weights_only=True)
-            network.load_state_dict(state["network"])
-            self.ema.load_state_dict(state["ema"])
-            self.ema.to(next(network.parameters()).device)
-            optimizer.load_state_dict(state["optimizer"])
+            with reading_state(folder) as state:
+                if zipfile.ZipFile(os.path.join(folder, STATE)).testzip():  # torch.load asks no check sum
+                    raise ValueError("bytes that are not what was written")
+                network.load_state_dict(state["network"])
+                self.ema.load_state_dict(state["ema"])
+                if [p.shape for p in self.ema.shadow_params] != [p.shape for p in network.parameters()]:
+                    raise ValueError("the averages of another network")
+                self.ema.to(next(network.parameters()).device)
+                optimizer.load_state_dict(state["optimizer"])
             print(f"{name}: continuing after step {self.start} of {self.steps}")
         log = os.path.join(folder, "log.jsonl")
         if not RANK:  # lines of steps that were lost are taken back
-            lines = open(log).read().splitlines(keepends=True) if self.start and os.path.exists(log) else []
+            lines = []
+            if self.start and os.path.exists(log):
+                with open(log, encoding="utf-8", errors="replace") as file:
+                    lines = file.readlines()
             sample.write_text(log, "".join(lines[: self.start]))
         self.log = open(os.devnull if RANK else log, "a")
         self.saved = time.time()

@@ -128,13 +128,19 @@ def chart(lines, title, smooth=1, log=False, size=(640, 400)):
 def read_log(folder):
     """What a training has logged -> {term: (steps, values)}: losses and gradient norms, where positive."""
     terms = {}
-    with open(os.path.join(folder, "log.jsonl")) as file:
+    path = os.path.join(folder, "log.jsonl")
+    with open(path, encoding="utf-8", errors="replace") as file:
         lines = [line for line in file if line.endswith("\n")]  # the last may be half written yet
-    for entry in map(json.loads, lines):
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            step = int(entry["step"])
+        except (ValueError, LookupError, TypeError, RecursionError, OverflowError) as error:
+            raise ValueError(f"{path}, line {number}, is no step of a training") from error
         for name in entry.keys() - {"step", "seconds", "skipped"}:
             if isinstance(entry[name], float) and 0 < entry[name] < float("inf"):
                 steps, values = terms.setdefault(name, ([], []))
-                steps.append(entry["step"])
+                steps.append(step)
                 values.append(entry[name])
     return terms
 

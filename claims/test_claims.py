@@ -139,7 +139,7 @@ def test_table1_runs_every_row_once(tmp_path, monkeypatch, capsys):
 def write_often(folder):
     for k in range(200):
         with table1.one_at_a_time(folder):
-            sample.write_json(os.path.join(folder, "table"), k)
+            sample.write_json(os.path.join(folder, "table"), dict(k=k))
 
 
 def test_processes_that_share_an_ablation_write_in_turn(tmp_path):
@@ -150,7 +150,7 @@ def test_processes_that_share_an_ablation_write_in_turn(tmp_path):
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0, 0]
-    assert sample.read_json(tmp_path / "table") == 199
+    assert sample.read_json(tmp_path / "table") == dict(k=199)
 
 
 def test_figures(tmp_path):

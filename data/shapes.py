@@ -15,7 +15,7 @@ import zlib
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data.images import in_processes
+from data.index import in_processes
 from sample import read_json, write_atomically, write_json
 
 SHAPES = ("circle", "square", "star", "cross")

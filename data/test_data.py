@@ -19,7 +19,7 @@ from PIL import Image
 
 import t2md
 import train
-from data import images, parts, shapes
+from data import images, index, parts, shapes
 from data.images import ImageData
 from sample import draw
 from t2md import T2MD, VAE, TextEncoder
@@ -141,7 +141,7 @@ def test_the_world_is_an_ordinary_data_set(tmp_path, monkeypatch):
         made.append([(tmp_path / name / f"0000{k}.tar").read_bytes() for k in range(2)])
         # the first by several processes, the second and what follows by this one
         monkeypatch.setattr(shapes, "in_processes", here)
-        monkeypatch.setattr(images, "in_processes", here)
+        monkeypatch.setattr(index, "in_processes", here)
     assert made[0] == made[1] and not list(tmp_path.glob("*.tmp"))
     monkeypatch.setattr(shapes, "write_shard", None)
     assert shapes.write_shards(str(tmp_path / "two"), 64, 1100, 0) == source  # once is enough
@@ -219,9 +219,9 @@ def write_tars(folder, names, pictures):
 @pytest.mark.parametrize("piece", [2**18, 100])
 def test_images_come_out_right_from_folders_and_shards(tmp_path, folder, monkeypatch, piece):
     monkeypatch.setattr(
-        images, "PIECE", piece
+        index, "PIECE", piece
     )  # small ones, that lines run across, are looked at here all the same
-    monkeypatch.setattr(images, "in_processes", here)
+    monkeypatch.setattr(index, "in_processes", here)
     good = [name for name in os.listdir(folder / "images") if name not in ("broken.png", "half.jpg")]
     write_tars(tmp_path, good, folder / "images")
     of_folder, of_shards = (
@@ -374,12 +374,12 @@ def test_the_index_is_made_once_and_again_when_the_data_set_has_changed(tmp_path
     def load():
         return ImageData(str(folder), 128, None, None, 0, str(tmp_path / "index"))
 
-    before, list_images = load(), images.list_images
-    monkeypatch.setattr(images, "list_images", None)
+    before, list_images = load(), index.list_images
+    monkeypatch.setattr(index, "list_images", None)
     again = load()
     assert list(again.prompts) == list(before.prompts) and again.skipped == before.skipped
     assert np.array_equal(again.items, before.items)
-    monkeypatch.setattr(images, "list_images", list_images)
+    monkeypatch.setattr(index, "list_images", list_images)
     with open(folder / "metadata.jsonl", "a") as file:
         file.write('{"file_name": "images/plain.png", "text": "one more"}\n')
     assert list(load().prompts) == [*before.prompts, "one more"]
