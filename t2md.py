@@ -73,8 +73,10 @@ class VAE:
         self.factor = 2 ** (len(config.block_out_channels) - 1)
         self.channels = config.latent_channels
         self.scale, self.shift = config.scaling_factor, config.shift_factor or 0.0
-        if not all(isinstance(value, int | float) for value in (self.scale, self.shift)):
-            raise ValueError(f"the VAE in {path_or_repo} is scaled by {self.scale}, {self.shift}: no numbers")
+        try:  # much of a config is only asked when it runs
+            self.decode(torch.zeros(1, self.channels, 2, 2))
+        except Exception as error:
+            raise ValueError(f"the VAE in {path_or_repo} is of no use: {error}") from error
 
     def in_tiles(self, tile, side):
         """Encode or decode next in tiles of `tile` pixels if an image's longer `side` exceeds them (None:
@@ -122,7 +124,7 @@ class TextEncoder:
         self.model = self.model.to(device).eval().requires_grad_(False)
         self.max_length, self.width = max_length, self.model.config.d_model
         try:
-            self.tokenizer([""])
+            self([""])
             if max(self.tokenizer.get_vocab().values(), default=0) >= self.model.config.vocab_size:
                 raise ValueError("it has tokens that the text encoder does not know")
         except Exception as error:
@@ -906,6 +908,23 @@ def kd_loss(student, teacher, z_t, t, text, mask, noise, soft_weight=0.5, mixer_
 # ---------------------------------------------------------------------------------------------------
 
 
+def read_config(folder):
+    """The object in a folder's config.json; {} if there is no such file: load_part says what is missing.
+
+    Raises ValueError, naming the folder, if it is not readable.
+    """
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+            config = json.load(file)
+        if not isinstance(config, dict):
+            raise ValueError("it holds no JSON object")
+    except OSError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{folder}/config.json is not readable: {error}") from error
+    return config
+
+
 def load_part(cls, path, subfolder, **kwargs):
     """`cls.from_pretrained` on a pipeline's `subfolder`, or on `path` itself where there is no such part.
 
@@ -915,10 +934,10 @@ def load_part(cls, path, subfolder, **kwargs):
     """
     what, inside = subfolder.replace("_", " "), os.path.join(path, subfolder)
     if os.path.isdir(path):
-        places = [dict(pretrained_model_name_or_path=inside if os.path.isdir(inside) else path)]
-        nothing = not glob.glob(
-            os.path.join(glob.escape(places[0]["pretrained_model_name_or_path"]), "*.json")
-        )
+        folder = inside if os.path.isdir(inside) else path
+        places = [dict(pretrained_model_name_or_path=folder)]
+        nothing = not glob.glob("*.json", root_dir=folder)
+        read_config(folder)  # diffusers takes a string in it for the name of a repository, and asks there
     elif os.path.isabs(path) or path.count("/") != 1 or path.startswith("."):
         raise FileNotFoundError(f"there is no folder {path!r} to load a {what} from")
     else:
@@ -956,14 +975,8 @@ def load_backbone(path_or_repo, **overrides):
     for.
     """
     inside = os.path.join(path_or_repo, "transformer")
-    try:
-        with open(os.path.join(inside if os.path.isdir(inside) else path_or_repo, "config.json")) as file:
-            ours = json.load(file).get("_class_name") == "T2MD"
-    except OSError:
-        ours = False  # a repository, or nothing: load_part will say
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path_or_repo}/config.json is not readable: {error}") from error
-    if not ours:
+    config = read_config(inside if os.path.isdir(inside) else path_or_repo)
+    if config.get("_class_name") != "T2MD":
         return T2MD.from_pixart(path_or_repo, **overrides)
     loaded = load_whole(T2MD, path_or_repo)
     model = T2MD(**loaded.arguments() | overrides)

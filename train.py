@@ -372,6 +372,8 @@ def reading_state(folder, **how):
     path = os.path.join(folder, STATE)
     try:
         yield torch.load(path, map_location="cpu", weights_only=True, **how)
+    except torch.OutOfMemoryError:  # not the file's fault
+        raise
     except Exception as error:  # torch raises anything
         reason = f"is no readable training state ({type(error).__name__})"
         raise ValueError(f"{path} {reason}; move it away to train this stage again") from error

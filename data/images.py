@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data.index import RECORD, Strings, load_index, reading, whole
+from data.index import RECORD, Strings, load_index, own_tensor, reading
 from sample import RANK, WORLD, claim, fingerprint, pad_features, write_atomically
 
 # ----------------------------------------------------------------------------------------------------------
@@ -214,13 +214,14 @@ class ImageData:
         self.texts = []
         for path, part in texts:
             with reading(path) as file:
-                ends = whole(file, "ends", torch.int64, len(part) + 1)
-                self.texts.append((whole(file, "features", torch.half, None, self.text_encoder.width), ends))
+                ends = own_tensor(file, "ends", torch.int64, len(part) + 1)
+                tokens = own_tensor(file, "features", torch.half, None, self.text_encoder.width)
+            self.texts.append((tokens, ends))
         self.moments, self.place, broken = [], np.zeros((len(self.items), 2), int), []
         for path, part in images:
             with reading(path) as file:
-                moments = whole(file, "moments", torch.half, len(part), *self.latent_shape(part))
-                broken.extend(part[~whole(file, "whole", torch.bool, len(part)).numpy()])
+                moments = own_tensor(file, "moments", torch.half, len(part), *self.latent_shape(part))
+                broken.extend(part[~own_tensor(file, "whole", torch.bool, len(part)).numpy()])
             self.place[part, 0], self.place[part, 1] = len(self.moments), np.arange(len(part))
             self.moments.append(moments)
         if broken:

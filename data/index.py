@@ -159,7 +159,7 @@ def reading(path):
         raise ValueError(f"{path} is damaged ({error}); remove it, and it is made again") from error
 
 
-def whole(file, name, dtype, *shape):
+def own_tensor(file, name, dtype, *shape):
     """A tensor of it, memory-mapped, of this type and shape (None: of any length)."""
     tensor = file.get_tensor(name)
     fits = tensor.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, tensor.shape))
