@@ -1129,6 +1129,41 @@ def test_bfloat16_says_where_it_is_slower(monkeypatch, capsys):
     assert "multiply 3.0 times slower than in float32" in capsys.readouterr().out
 
 
+def test_previews_are_of_the_datas_captions(tmp_path):
+    """The first ones, or --example-prompts; and the teacher is asked once, its pictures are kept for later
+    stages."""
+    args = train.parse_arguments(["--stage", "kd", "--examples", "2", "--out", str(tmp_path)])
+    prompts = ["a harbour at night", "two dogs", "a hill"]
+    assert train.example_captions(args, prompts) == prompts[:2]
+    (tmp_path / "own.txt").write_text("a lighthouse\n")
+    args.example_prompts = str(tmp_path / "own.txt")
+    assert train.example_captions(args, prompts) == ["a lighthouse"]
+    drawn = Image.new("RGB", (64, 64), "red")
+    with mock.patch.object(sample, "generate", return_value=[drawn]) as generate:
+        rows = [
+            train.teacher_row(stage, args, teacher, None, None, ["a lighthouse"], None, 64)
+            for stage, teacher in (("kd", "teacher"), ("kd", "teacher"), ("adapt", None))
+        ]
+    assert generate.call_count == 1 and all(row[0].getpixel((5, 5)) == (255, 0, 0) for row in rows)
+
+
+def test_what_runs_is_said(monkeypatch, capsys):
+    """flash-attn takes half precision alone, and not attention that is kept in float32."""
+    monkeypatch.setattr(t2md, "flash_attention", print)
+    t2md.say_once.cache_clear()
+    model = T2MD(pattern="SW", **TINY)
+
+    def said(dtype, precise):
+        model.blocks[0].mixer.float32 = precise
+        t2md.say_once.cache_clear()
+        t2md.say_kernels(model, types.SimpleNamespace(device=torch.device("cuda"), dtype=dtype))
+        return capsys.readouterr().err
+
+    assert "self-attention by flash-attn" in said(torch.bfloat16, False)
+    for dtype, precise in ((torch.float32, False), (torch.bfloat16, True)):
+        assert "self-attention by PyTorch SDPA" in said(dtype, precise)
+
+
 def test_what_does_not_decay():
     """mamba-ssm marks A_log, D and dt_bias; biases, norms and tables are left alone too."""
     model = T2MD(pattern="SHW", padding_tokens=True, **TINY)
