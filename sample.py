@@ -3,8 +3,7 @@
     python sample.py "a photo of a red circle and a blue square"          # the shipped student, base size
     python sample.py "a photo of a star" --size 2048                      # far above the trained size
     python sample.py "prompt" --size 3840x2160 --n 4 --seed 7 --steps 20 --guidance 4.5 --negative "..."
-    python sample.py --prompts evaluation_metadata.jsonl --n 4 --out DIR  # GenEval's folder layout; torchrun
-    splits it
+    python sample.py --prompts evaluation_metadata.jsonl --n 4 --out DIR  # GenEval's layout; or by torchrun
 
 From Python: `sample.load("assets/student")(["a photo of a star"], size=(512, 512), seeds=[0])` -> PIL images.
 
@@ -34,7 +33,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from t2md import VAE, MambaMixer, TextEncoder, load_backbone, predict_noise
+from t2md import ALWAYS_FLOAT32, VAE, MambaMixer, TextEncoder, load_backbone, predict_noise, read_json
 
 transformers_logging.disable_progress_bar()  # its bars for loading weights drown ours
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -51,8 +50,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 def denoise(model, text, negative, latents, steps=20, guidance=4.5, pixels_per_latent=8, upscale=1,
             picture=None, renoise=1000, bar=None):
     # fmt: on
-    """Noise -> latents, by DPM-Solver++ with classifier-free guidance (eq. 2); equals diffusers'
-    PixArtAlphaPipeline.
+    """Noise -> latents, by DPM-Solver++ with guidance (equation 2); equals diffusers' PixArtAlphaPipeline.
 
     Args:
         text, negative: (features, mask) of the captions and of the unconditional branch, B rows each.
@@ -158,16 +156,13 @@ def generate_all(model, vae, text_encoder, prompts, size, seed, **how):
 
 def to_images(pixels):
     """(B, 3, h, w) in [-1, 1] -> list of PIL images."""
-    return [
-        Image.fromarray(p) for p in ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    ]
+    arrays = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(array) for array in arrays]
 
 
 def make_scheduler(beta_schedule):
     """diffusers' DPM-Solver++ (2M) on the 1000-step noise schedule that the model was trained with."""
-    return DPMSolverMultistepScheduler(
-        num_train_timesteps=1000, beta_start=1e-4, beta_end=2e-2, beta_schedule=beta_schedule
-    )
+    return DPMSolverMultistepScheduler(1000, beta_start=1e-4, beta_end=2e-2, beta_schedule=beta_schedule)
 
 
 def size_conditions(model, height, width, batch):
@@ -175,10 +170,8 @@ def size_conditions(model, height, width, batch):
     if not model.conditioned_on_size:
         return {}
     like = dict(device=model.device, dtype=model.dtype)
-    return dict(
-        resolution=torch.tensor([[height, width]] * batch, **like),
-        aspect_ratio=torch.tensor([[height / width]] * batch, **like),
-    )
+    sizes = torch.tensor([[height, width, height / width]] * batch, **like)
+    return dict(resolution=sizes[:, :2], aspect_ratio=sizes[:, 2:])
 
 
 def matched_timestep(alphas_cumprod, t, m):
@@ -189,9 +182,8 @@ def matched_timestep(alphas_cumprod, t, m):
 
 
 def upsample_guidance(predict, z_t, t, noise, alphas_cumprod, m, theta=1.0):
-    """Training-free sampling at m times the size a model knows (upsample guidance, as DiM uses it): the
-    means of m x m pixels of its prediction are replaced by what it predicts for the pooled z_t, at the size
-    it was trained at.
+    """Training-free sampling at m times the size a model knows (upsample guidance, as in DiM): the means
+    of m x m pixels of its prediction are replaced by what it predicts for the pooled z_t, at its own size.
 
     predict: predict(z, t) -> guided noise.  noise: predict(z_t, t), (B, C, h, w); h and w multiples of m.
     theta: 0 leaves the prediction alone. Only timesteps in the first 30% of sampling are guided.
@@ -209,11 +201,9 @@ def upsample_guidance(predict, z_t, t, noise, alphas_cumprod, m, theta=1.0):
 
 
 def load(folder, device="cpu", dtype=torch.float32):
-    """A checkpoint folder -> `generate` with its model, VAE and text encoder filled in: call it with
-    prompts, size, seeds.
+    """A checkpoint folder -> `generate` with all its parts filled in: call it with prompts, size, seeds.
 
-    Raises FileNotFoundError if a part is missing, ValueError if the checkpoint's config does not fit its
-    weights.
+    Raises FileNotFoundError if a part is missing, ValueError if config and weights do not fit.
     """
     model = load_denoiser(folder, device, dtype)
     return functools.partial(generate, model, *load_parts(model, folder, device, dtype))
@@ -239,8 +229,7 @@ def export(checkpoint, folder):
 
 
 def load_denoiser(path_or_repo, device="cpu", dtype=torch.float32, **overrides):
-    """A T2MD checkpoint folder, or the PixArt transformer of a diffusers folder or repository -> frozen,
-    folded T2MD.
+    """A T2MD checkpoint folder, or the PixArt transformer of diffusers' -> frozen, folded T2MD.
 
     overrides replace entries of its config, e.g. pos_embed="centered".
     Raises FileNotFoundError if there is none or it is half-written, ValueError if its config does not fit.
@@ -254,17 +243,14 @@ def freeze(model, device, dtype):
         if isinstance(block.mixer, MambaMixer):
             block.mixer.fold()
     for name, p in model.named_parameters():
-        if not name.endswith(
-            ("A_log", "dt_bias")
-        ):  # rounded, they would change every decay of a long sequence
+        if not name.endswith(ALWAYS_FLOAT32):
             p.data = p.data.to(dtype)
     # nn.Module's `to`: diffusers' own warns of float32 modules that this model does not have
     return torch.nn.Module.to(model, device).eval().requires_grad_(False)
 
 
 def component_path(checkpoint, reference):
-    """Where a checkpoint's VAE or text encoder is: a folder relative to the checkpoint's own, or a
-    repository.
+    """Where a checkpoint's VAE or text encoder is: a folder relative to it, or a repository.
 
     A plain PixArt pipeline names none: its parts are in the pipeline itself.
     """
@@ -282,15 +268,13 @@ def load_parts(model, folder, device="cpu", dtype=torch.float32):
 
 
 def pad_features(features):
-    """List of (T_i, width) caption features -> features (B, T, width) and mask (B, T), as `TextEncoder`
-    returns them."""
+    """List of (T_i, width) caption features -> features (B, T, width) and mask (B, T), as `TextEncoder`'s."""
     pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     return pad(features), pad([torch.ones(len(f), dtype=torch.long) for f in features])
 
 
 def encode_first(text_encoder, captions):
-    """Run the text encoder on all captions it will be asked for -> what stands in for it from then on, on
-    the CPU."""
+    """Run the text encoder on all captions it will be asked for -> what stands in for it then."""
     known = {caption: text_encoder([caption])[0][0].cpu() for caption in dict.fromkeys(captions)}
 
     def look_up(captions):
@@ -305,8 +289,7 @@ def encode_first(text_encoder, captions):
 
 
 def draw(seed, stage, step, index):
-    """The torch.Generator of one sample. No draw depends on restarts or on how many processes share the
-    batch."""
+    """The torch.Generator of one sample. It depends on no restart, nor on how processes share a batch."""
     digest = hashlib.sha256(f"{seed}/{stage}/{step}/{index}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
@@ -334,8 +317,7 @@ def rank_zero_first():
 
 
 def write_atomically(path, write):
-    """write(temporary path), then rename: whoever reads `path` finds the old or the new, never half of
-    one."""
+    """write(temporary path), then rename: whoever reads `path` finds the old or the new."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
         write(path + ".tmp")
@@ -363,6 +345,11 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=1))
 
 
+def write_png(path, image):
+    """`write_atomically` for a PIL picture."""
+    write_atomically(path, functools.partial(image.save, format="PNG"))
+
+
 def fingerprint(path_or_repo):
     """A short name of a model: of a folder's config, tokenizer and weight files, each by its size and both
     ends; a repository is its own name."""
@@ -385,8 +372,7 @@ def claim(folder, made_with, begun=None):
     """Note in `folder` what it is made with, or find that it was begun with the same.
 
     begun: False makes the note anew, True misses it if there is none; None: there is a note or there is
-    nothing. What an older note lacks is said, and added. Raises ValueError, naming what differs, if anything
-    does.
+    nothing. What an older note lacks is said, and added. Raises ValueError, naming what differs.
     """
     path, made_with = os.path.join(folder, "made_with.json"), json.loads(json.dumps(made_with))
     with rank_zero_first():
@@ -404,18 +390,6 @@ def claim(folder, made_with, begun=None):
             write_json(path, {**made_with, **(before or {})})
 
 
-def read_json(path):
-    """The object in a JSON file, a dict.  Raises ValueError, naming the file, if it holds none."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
-        if not isinstance(value, dict):
-            raise ValueError("it holds no JSON object")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable: {error}") from error
-    return value
-
-
 def contact_sheet(rows, side, captions=None):
     """Rows of PIL pictures, each fitted into a square of `side` pixels, above its caption if there are any
     (rows of strings) -> one picture."""
@@ -431,29 +405,24 @@ def contact_sheet(rows, side, captions=None):
 
 
 def parse_size(text, multiple):
-    """ "2048" or "3840x2160" (width x height, pixels) -> (width, height), each rounded to a multiple, and
-    said.
+    """ "2048" or "3840x2160" (width x height, pixels) -> (width, height), rounded to a multiple, and said.
 
     Raises ValueError if it is no such size or not positive.
     """
     match = re.fullmatch(r"(-?\d+)(?:x(-?\d+))?", text.strip().lower())
     size = match and (int(match[1]), int(match[2] or match[1]))
     if not size or min(size) <= 0:
-        raise ValueError(
-            f"--size {text} is no size: give positive pixels, as 2048 or 3840x2160 (width x height)"
-        )
+        which = "give positive pixels, as 2048 or 3840x2160 (width x height)"
+        raise ValueError(f"--size {text} is no size: {which}")
     width, height = (max(multiple, round(side / multiple) * multiple) for side in size)
     if (width, height) != size:
-        print(
-            f"--size {text} is rounded to {width}x{height}: both sides must be multiples of {multiple}",
-            file=sys.stderr,
-        )
+        why = f"both sides must be multiples of {multiple}"
+        print(f"--size {text} is rounded to {width}x{height}: {why}", file=sys.stderr)
     return width, height
 
 
 def read_prompts(path):
-    """A .txt with one prompt a line, or GenEval's evaluation_metadata.jsonl -> list of records with a
-    "prompt".
+    """A .txt with one prompt a line, or GenEval's evaluation_metadata.jsonl -> records with a "prompt".
 
     Raises ValueError, with the line's number, for what is not readable or has no prompt.
     """
@@ -506,8 +475,7 @@ def free_path(folder, prompt, seed):
 
 
 def keep_freed_memory(largest=False):
-    """Tell glibc to keep what tensors free: handing it back costs page faults, a sixth of a training step on
-    a CPU.
+    """Tell glibc to keep what tensors free: handing it back costs page faults, a sixth of a training step.
 
     largest: also what is over 32 MiB. Half the time of a Mamba mixer at 2048 px, for a third more memory.
     """
@@ -522,6 +490,18 @@ def keep_freed_memory(largest=False):
 # ---------------------------------------------------------------------------------------------------
 # 4. Command line
 # ---------------------------------------------------------------------------------------------------
+
+
+def as_command(name, run, args, stopped="stopped"):
+    """run(args), of any command here: what is wrong with its input, or with the disk, becomes one sentence
+    and exit code 1; so does Ctrl-C, and `stopped` says what is kept."""
+    keep_freed_memory()
+    try:
+        return run(args)
+    except (OSError, ValueError, ArithmeticError) as error:
+        sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: {stopped}")
 
 
 HOW = ("steps", "guidance", "negative", "upscale", "direct", "renoise")  # flags that `generate` takes
@@ -584,18 +564,19 @@ def wanted_images(args):
 
 
 def run(args):
+    if WORLD > 1 and args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if args.export:
+        return export(args.model, args.export)
     dtype = getattr(torch, args.dtype)
     model = load_denoiser(args.model, dtype=dtype)
     vae, text_encoder = load_parts(model, args.model, args.device, dtype)
-    patch = vae.factor * model.config.patch_size
-    size = parse_size(
-        args.size or str(model.config.sample_size * vae.factor * args.upscale), patch * args.upscale
-    )
+    patch, own = vae.factor * model.config.patch_size, model.config.sample_size * vae.factor * args.upscale
+    size = parse_size(args.size or str(own), patch * args.upscale)
     how = {name: getattr(args, name) for name in HOW}
     wanted = wanted_images(args)
 
-    # the text encoder, by far the largest part at full size, is done and gone before the denoiser enters the
-    # card
+    # the text encoder, by far the largest part, is done and gone before the denoiser enters the card
     text_encoder = encode_first(text_encoder, [args.negative, *(prompt for prompt, _, _ in wanted)])
     torch.nn.Module.to(model, args.device)
     if args.compile:
@@ -604,28 +585,15 @@ def run(args):
     for start in range(0, len(wanted), at_once):
         prompts, seeds, paths = zip(*wanted[start : start + at_once])
         images = generate(model, vae, text_encoder, prompts, size, seeds, progress=True, **how)
+        settings = json.dumps(dict(how, size=size, model=args.model))
         for image, prompt, seed, path in zip(images, prompts, seeds, paths):
-            save_png(
-                image,
-                path,
-                prompt=prompt,
-                seed=seed,
-                settings=json.dumps(dict(how, size=size, model=args.model)),
-            )
+            save_png(image, path, prompt=prompt, seed=seed, settings=settings)
             print(path)
 
 
 def main():
-    args = parse_arguments()
     keep_freed_memory(largest=True)
-    if WORLD > 1 and args.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    try:
-        export(args.model, args.export) if args.export else run(args)
-    except (OSError, ValueError) as error:
-        sys.exit(f"sample.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("sample.py: stopped; the pictures finished so far are saved")
+    as_command("sample.py", run, parse_arguments(), "stopped; the pictures finished so far are saved")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,7 @@ Glossary                 code                    paper / Mamba-2
 
 Sections: 1 frozen components (VAE, TextEncoder) - 2 positional embeddings - 3 the state space recurrence
 (ssd_recurrence, ssd) - 4 token mixers - 5 the backbone (T2MD) - 6 losses, equations 6 to 11 - 7 weights from
-a teacher - 8 how the scan is made fast. The first six are the method, to be read in order; the last two
-serve them.
+a teacher - 8 how the scan is made fast. The first six are the method.
 """
 
 import glob
@@ -54,13 +53,11 @@ class VAE:
     """A frozen AutoencoderKL (SD1.5's, SDXL's or a small one), in the latent units the denoiser works in.
 
     Agrees with diffusers' pipelines: latents are multiplied by the VAE's own `scaling_factor` (and shifted
-    by its `shift_factor` where it has one); neither is ever a literal here. Never runs in an autocast around
-    it.
+    by its `shift_factor` where it has one); neither is a literal here. Never runs in autocast.
 
     Args:
         path_or_repo: a folder or repository with the VAE, or a whole pipeline that has one under `vae/`.
-    Attributes:
-        factor: image pixels per latent pixel, along one side.  channels: latent channels.
+    Attributes: factor: image pixels per latent pixel, along one side.  channels: latent channels.
         source: path_or_repo.
     Raises OSError if there is no VAE at `path_or_repo`, ValueError if it is not readable.
     """
@@ -79,8 +76,7 @@ class VAE:
             raise ValueError(f"the VAE in {path_or_repo} is of no use: {error}") from error
 
     def in_tiles(self, tile, side):
-        """Encode or decode next in tiles of `tile` pixels if an image's longer `side` exceeds them (None:
-        never)."""
+        """Encode or decode next in tiles of `tile` pixels if the longer `side` exceeds it (None: never)."""
         self.model.use_tiling = tile is not None and side > tile
         if self.model.use_tiling:
             self.model.tile_sample_min_size, self.model.tile_latent_min_size = tile, tile // self.factor
@@ -106,15 +102,13 @@ class VAE:
 
 
 class TextEncoder:
-    """A frozen T5 encoder with its tokenizer. Captions are lower-cased and stripped, as in diffusers'
-    pipelines.
+    """A frozen T5 encoder with its tokenizer. Captions are lower-cased and stripped, as diffusers does.
 
     Args:
         path_or_repo: a folder or repository with both, or a pipeline with `text_encoder/` and `tokenizer/`.
         max_length: tokens kept of a caption (PixArt-alpha: 120); what is longer is truncated, and said.
     Attributes: source: path_or_repo.  width: of the features.
-    Raises OSError if there is no T5 encoder or tokenizer at `path_or_repo`, ValueError if one is not
-    readable.
+    Raises OSError if there is no T5 encoder or tokenizer at `path_or_repo`, ValueError if it is not readable.
     """
 
     def __init__(self, path_or_repo, max_length=120, device="cpu", dtype=torch.float32):
@@ -132,22 +126,18 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, captions):
-        """List of B captions -> features (B, T, width) and mask (B, T), 1 where there is a token, T <=
-        max_length.
+        """List of B captions -> features (B, T, width) and mask (B, T), 1 for a token, T <= max_length.
 
         T is the longest caption's length: what pads it to 120 in diffusers' pipeline is masked there anyway.
         """
-        tokenize = partial(
-            self.tokenizer, [caption.lower().strip() for caption in captions], return_tensors="pt"
-        )
-        tokens = tokenize(padding="longest", truncation=False)
+        captions = [caption.lower().strip() for caption in captions]
+        tokenize = partial(self.tokenizer, captions, return_tensors="pt", padding="longest")
+        tokens = tokenize(truncation=False)
         length = tokens.input_ids.shape[1]
         if length > self.max_length:
-            print(
-                f"a prompt of {length} tokens was truncated to the {self.max_length} the text encoder takes",
-                file=sys.stderr,
-            )
-            tokens = tokenize(padding="longest", truncation=True, max_length=self.max_length)
+            taken = f"the {self.max_length} the text encoder takes"
+            print(f"a prompt of {length} tokens was truncated to {taken}", file=sys.stderr)
+            tokens = tokenize(truncation=True, max_length=self.max_length)
         tokens = tokens.to(self.model.device)
         with torch.autocast(self.model.device.type, enabled=False):
             features = self.model(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
@@ -206,16 +196,14 @@ COORDINATES = {"pixart": pixart_coordinates, "centered": centered_coordinates}
 @lru_cache(maxsize=16)
 def position_embedding(kind, H, W, width, base, interpolation_scale, device, dtype):
     """(H*W, width); depends on the grid only, so it is computed once per size and never stored."""
-    return (
-        grid_embedding(*COORDINATES[kind](H, W, base, interpolation_scale), width).float().to(device, dtype)
-    )
+    y, x = COORDINATES[kind](H, W, base, interpolation_scale)
+    return grid_embedding(y, x, width).float().to(device, dtype)
 
 
 def sinusoid(values, channels=256):
     """Times (B,) -> (B, channels): cosines then sines, as diffusers' `Timesteps(flip_sin_to_cos=True)`."""
-    frequencies = torch.exp(
-        -math.log(10000) * torch.arange(channels // 2, device=values.device) / (channels // 2)
-    )
+    k = torch.arange(channels // 2, device=values.device)
+    frequencies = torch.exp(-math.log(10000) * k / (channels // 2))
     angles = values[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
@@ -250,8 +238,7 @@ def ssd(x, dt, A, B, C, chunk_size, D=None):
     """The same map in chunks: state space duality. Shapes and argument order of mamba-ssm's
     `mamba_chunk_scan_combined`; equals `ssd_recurrence`, in value and gradient.
 
-    Write s_i for the running sum of dt A inside a chunk and u_j = dt_j x_j. Unrolling the recurrence from the
-    chunk's start,
+    Write s_i for the running sum of dt A inside a chunk and u_j = dt_j x_j. Unrolled from a chunk's start,
 
         y_i = sum_{j <= i} (C_i . B_j) exp(s_i - s_j) u_j  +  exp(s_i) C_i^T state_in
         state_out = exp(s_last) state_in + sum_j exp(s_last - s_j) B_j u_j^T
@@ -275,19 +262,26 @@ def ssd(x, dt, A, B, C, chunk_size, D=None):
 # ---------------------------------------------------------------------------------------------------
 
 
+def precise(x):
+    """A tensor in float32, or in float64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class GatedRMSNorm(nn.Module):
-    """RMSNorm(y * SiLU(z)) with a learned weight, in float32, each group on its own; mamba-ssm's
-    `RMSNormGated`."""
+    """RMSNorm(y * SiLU(z)) with a learned weight, in float32, by group; mamba-ssm's `RMSNormGated`."""
 
     def __init__(self, width, groups=1, eps=1e-5):
         super().__init__()
         self.weight, self.groups, self.eps = nn.Parameter(torch.ones(width)), groups, eps
 
     def forward(self, y, z):
-        precise = torch.promote_types(y.dtype, torch.float32)
-        v = (y.to(precise) * F.silu(z.to(precise))).unflatten(-1, (self.groups, -1))
+        v = (precise(y) * F.silu(precise(z))).unflatten(-1, (self.groups, -1))
         v = (v * torch.rsqrt(v.pow(2).mean(-1, keepdim=True) + self.eps)).flatten(-2)
         return v.to(y.dtype) * self.weight.to(y.dtype)
+
+
+# Parameters that stay float32: rounded, they would change every decay of a long sequence
+ALWAYS_FLOAT32 = ("A_log", "dt_bias")
 
 
 class Mamba2(nn.Module):
@@ -296,8 +290,8 @@ class Mamba2(nn.Module):
     Parameter names and shapes are those of mamba-ssm's `Mamba2` and transformers' `Mamba2Mixer`, so that
     weights move between them unchanged.
 
-    Args: width d; d_state N; expand (inner width / d); head_dim P; d_conv; n_groups; chunk_size (of
-        mamba-ssm's kernels).
+    Args: width d; d_state N; expand (inner width / d); head_dim P; d_conv; n_groups; chunk_size
+        of mamba-ssm's kernels.
     Raises ValueError if the inner width is no multiple of head_dim or the heads no multiple of n_groups.
     """
 
@@ -329,8 +323,7 @@ class Mamba2(nn.Module):
         self.D.fill_(1.0)
 
     def convolve(self, xBC):
-        """The causal depthwise conv1d over xBC (b, l, conv_width), whose channels stay side by side in
-        memory."""
+        """The causal depthwise conv1d over xBC (b, l, conv_width), channels last in memory."""
         conv, l = self.conv1d, xBC.shape[1]
         if xBC.is_cuda:  # a sum of shifted products, of which torch.compile makes one pass over memory
             padded = F.pad(xBC, (0, 0, *conv.padding, 0))
@@ -346,9 +339,8 @@ class Mamba2(nn.Module):
         states = self.n_groups * self.d_state
         sizes = [self.n_heads * self.head_dim, states, states]
         x, B, C = F.silu(self.convolve(xBC)).split(sizes, dim=-1)
-        precise = torch.promote_types(dt.dtype, torch.float32)
-        dt = F.softplus(dt.to(precise) + self.dt_bias.to(precise))
-        A = -self.A_log.to(precise).exp()
+        dt = F.softplus(precise(dt) + precise(self.dt_bias))
+        A = -precise(self.A_log).exp()
         x = x.reshape(b, l, self.n_heads, self.head_dim)
         B, C = (m.reshape(b, l, self.n_groups, self.d_state) for m in (B, C))
         if scan_runs(x.device.type, x.dtype):
@@ -493,8 +485,8 @@ def modulate(h, shift, scale):
 
 class PaddingTokens(nn.Module):
     """DiM's padding: 3 learned tokens end each row and each column, so that a convolution of 4 does not
-    reach from one line into the next. The grid (H, W) becomes (H + 3, W + 3): rows end in p0, p1, p2; row H
-    + k is p_k up to there."""
+    reach from one line into the next. The grid (H, W) becomes (H + 3, W + 3): rows end in p0, p1, p2;
+    row H + k is p_k up to there."""
 
     def __init__(self, width):
         super().__init__()
@@ -519,8 +511,7 @@ class PaddingTokens(nn.Module):
 
 
 class LocalEnhancement(nn.Module):
-    """DiM's depthwise 3x3 convolution over the grid of tokens, (B, H * W, d) -> the same; starts as the
-    identity."""
+    """DiM's depthwise 3x3 convolution over the grid, (B, H * W, d) -> the same; an identity at first."""
 
     def __init__(self, width):
         super().__init__()
@@ -548,22 +539,15 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
 
     def forward(self, h, time, text, mask, grid):
-        """h (B, L, d), time (B, 6, d), text (B, T, d) -> new h, and the mixer's input and output, all (B, L,
-        d)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + time).chunk(
-            6, dim=1
-        )  # (B, 1, d)
+        """h (B, L, d), time (B, 6, d), text (B, T, d) -> new h, mixer input, mixer output, each (B, L, d)."""
+        six = (self.scale_shift_table + time).chunk(6, dim=1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = six  # each (B, 1, d)
         mixer_input = modulate(h, shift1, scale1)
         mixer_output = self.mixer(mixer_input, grid)
         h = h + gate1 * mixer_output
         h = h + self.cross_attention(h, text=text, mask=mask)
         h = h + gate2 * self.mlp(modulate(h, shift2, scale2))
         return h, mixer_input, mixer_output
-
-
-# the arguments of T2MD that are counts
-WHOLE = {"width", "heads", "patch_size", "in_channels", "out_channels", "caption_width", "d_state", "expand"}
-WHOLE |= {"head_dim", "d_conv", "n_groups", "chunk_size", "sample_size", "renoise"}
 
 
 class T2MD(ModelMixin, ConfigMixin):
@@ -603,19 +587,7 @@ class T2MD(ModelMixin, ConfigMixin):
                  local_enhancement=False, renoise=500, vae=None, text_encoder=None):
         # fmt: on
         super().__init__()
-        for name, value in self.config.items():
-            if name in WHOLE and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} {value!r} must be a positive whole number")
-            if name in ("vae", "text_encoder") and not isinstance(value, str | None):
-                raise ValueError(f"{name} {value!r} must be a folder or a repository")
-        if not isinstance(interpolation_scale, int | float | None):
-            raise ValueError(f"interpolation_scale {interpolation_scale!r} must be a number")
-        if not pattern or set(pattern) - set(MIXERS):
-            raise ValueError(f"pattern {pattern!r} must be made of the letters {' '.join(MIXERS)}")
-        if pos_embed not in COORDINATES or beta_schedule not in ("linear", "scaled_linear"):
-            raise ValueError(f"unknown pos_embed {pos_embed!r} or beta_schedule {beta_schedule!r}")
-        if width % heads or width % 4:
-            raise ValueError(f"width {width} must be a multiple of heads = {heads} and of 4")
+        check_arguments(**self.arguments())
         self.base = sample_size // patch_size  # tokens along a side at the base resolution
         self.interpolation_scale = interpolation_scale or max(sample_size // 64, 1)
         conditioned = use_additional_conditions
@@ -667,48 +639,33 @@ class T2MD(ModelMixin, ConfigMixin):
         return {name: value for name, value in self.config.items() if name in known}
 
     def tokens(self, hidden_states):
-        """Latents (B, C, h, w) -> tokens with their positions (B, L, d), and their grid (H, W); with DiM's
-        additions, if on."""
+        """Latents (B, C, h, w) -> tokens with positions (B, L, d), grid (H, W); with DiM's additions."""
         p, (height, width) = self.config.patch_size, hidden_states.shape[-2:]
         if height % p or width % p:
             raise ValueError(f"latents of {height} x {width} cannot be cut into patches of {p} x {p}")
         h = self.patch_embed(hidden_states)
         grid, h = tuple(h.shape[-2:]), h.flatten(2).transpose(1, 2)
-        positions = position_embedding(
-            self.config.pos_embed,
-            *grid,
-            self.config.width,
-            self.base,
-            self.interpolation_scale,
-            h.device,
-            h.dtype,
-        )
-        h = h + positions
+        where = *grid, self.config.width, self.base, self.interpolation_scale
+        h = h + position_embedding(self.config.pos_embed, *where, h.device, h.dtype)
         if self.config.local_enhancement:
             h = self.enhance_first(h, grid)
         return self.padding.add(h, grid) if self.config.padding_tokens else (h, grid)
 
     def embed_time(self, timestep, batch, added_cond_kwargs=None):
-        """Timesteps (B,) or scalar, and size conditions -> embedding (B, width) and adaLN input (B, 6,
-        width)."""
+        """Timesteps (B,) or scalar, size conditions -> embedding (B, width), adaLN's input (B, 6, width)."""
         timestep = torch.as_tensor(timestep, device=self.scale_shift_table.device).expand(batch)
         embedded = self.timestep_embedder(timestep)
         if self.conditioned_on_size:
             if not added_cond_kwargs or added_cond_kwargs.get("resolution") is None:
                 needed = "added_cond_kwargs needs resolution (B, 2) and aspect_ratio (B, 1)"
                 raise ValueError(f"this model is conditioned on size: {needed}")
-            resolution = self.resolution_embedder(added_cond_kwargs["resolution"].flatten()).reshape(
-                batch, -1
-            )
-            aspect = self.aspect_ratio_embedder(added_cond_kwargs["aspect_ratio"].flatten()).reshape(
-                batch, -1
-            )
-            embedded = embedded + torch.cat([resolution, aspect], dim=1)
+            resolution = self.resolution_embedder(added_cond_kwargs["resolution"].flatten())
+            aspect = self.aspect_ratio_embedder(added_cond_kwargs["aspect_ratio"].flatten())
+            embedded = embedded + torch.cat([resolution.view(batch, -1), aspect.view(batch, -1)], dim=1)
         return embedded, self.adaln_single(F.silu(embedded)).unflatten(1, (6, -1))
 
     def latents(self, h, embedded, grid):
-        """Tokens (B, L, d) after the last block, and time's embedding (B, d) -> prediction (B, out_channels,
-        h, w)."""
+        """Tokens (B, L, d) after the last block, and time's embedding (B, d) -> (B, out_channels, h, w)."""
         if self.config.padding_tokens:
             h, grid = self.padding.remove(h, grid)
         if self.config.local_enhancement:
@@ -718,16 +675,10 @@ class T2MD(ModelMixin, ConfigMixin):
         h = self.proj_out(modulate(h, shift, scale)).view(len(h), H, W, p, p, self.config.out_channels)
         return torch.einsum("nhwpqc->nchpwq", h).reshape(len(h), self.config.out_channels, H * p, W * p)
 
-    def forward(
-        self,
-        hidden_states,
-        encoder_hidden_states,
-        timestep,
-        added_cond_kwargs=None,
-        encoder_attention_mask=None,
-        return_dict=True,
-        visit=None,
-    ):
+    # fmt: off
+    def forward(self, hidden_states, encoder_hidden_states, timestep, added_cond_kwargs=None,
+                encoder_attention_mask=None, return_dict=True, visit=None):
+        # fmt: on
         """Predict the noise; the signature of diffusers' PixArtTransformer2DModel.
 
         Args:
@@ -778,11 +729,9 @@ class T2MD(ModelMixin, ConfigMixin):
     @classmethod
     def from_teacher(cls, teacher, pattern, **overrides):
         """A student: what is no mixer, and every mixer whose letter stays, is the teacher's bit for bit; the
-        others, and DiM's additions, are fresh. It predicts noise only: of the teacher's output layer it has
-        the noise half.
+        others, and DiM's additions, are fresh. It predicts noise only, by that half of the output layer.
 
-        teacher: a T2MD.  overrides: any argument of T2MD.  Raises ValueError if the pattern's length is
-            another.
+        teacher: a T2MD.  overrides: any argument of T2MD.  Raises ValueError for another number of blocks.
         """
         theirs = teacher.arguments()
         if len(pattern) != len(theirs["pattern"]):
@@ -792,10 +741,7 @@ class T2MD(ModelMixin, ConfigMixin):
         changed = [n for n, letter in enumerate(pattern) if letter != theirs["pattern"][n]]
         fresh = tuple(f"blocks.{n}.mixer." for n in changed)
         copied = {name: w for name, w in teacher.state_dict().items() if not name.startswith(fresh)}
-        for name in (
-            "proj_out.weight",
-            "proj_out.bias",
-        ):  # rows are (p, p, channel); the first channels are the noise
+        for name in ("proj_out.weight", "proj_out.bias"):  # rows are (p, p, channel), first the noise's
             rows = copied[name].unflatten(0, (-1, theirs["out_channels"]))
             copied[name] = rows[:, : student.config.out_channels].flatten(0, 1)
         student.load_state_dict(student.state_dict() | copied)
@@ -803,8 +749,7 @@ class T2MD(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_attention(cls, path_or_repo, pattern, **overrides):
-        """Like `from_teacher`, but the Mamba mixers too start from the attention:
-        `MambaMixer.copy_attention`."""
+        """Like `from_teacher`, but Mamba too starts from the attention: `MambaMixer.copy_attention`."""
         teacher = load_backbone(path_or_repo)
         heads, head = teacher.config.heads, teacher.config.width // teacher.config.heads
         mamba = dict(expand=1, d_state=head, head_dim=head, n_groups=heads)
@@ -822,22 +767,14 @@ class T2MD(ModelMixin, ConfigMixin):
 
 def predict_noise(model, z_t, t, text, mask, visit=None, **conditions):
     """epsilon(z_t, t, tau), (B, C, h, w); of a model with learned variance, the noise half."""
-    return model(
-        z_t,
-        text,
-        t,
-        encoder_attention_mask=mask,
-        visit=visit,
-        added_cond_kwargs=conditions or None,
-        return_dict=False,
-    )[0][:, : z_t.shape[1]]
+    more = dict(encoder_attention_mask=mask, added_cond_kwargs=conditions or None, visit=visit)
+    (noise,) = model(z_t, text, t, return_dict=False, **more)
+    return noise[:, : z_t.shape[1]]
 
 
 def mean_square(a, b):
     """|| a - b ||^2 as used everywhere here: the mean over elements, in float32 at least."""
-    return F.mse_loss(
-        a.to(torch.promote_types(a.dtype, torch.float32)), b.to(torch.promote_types(b.dtype, torch.float32))
-    )
+    return F.mse_loss(precise(a), precise(b))
 
 
 def forcing_loss(student, teacher, z_t, t, text, mask, backward=None, **conditions):
@@ -877,30 +814,21 @@ def soft_loss(teacher_noise, student_noise):
 
 
 def mixer_loss(teacher_mixers, student_mixers):
-    """Equation 10: 1/N sum over all N blocks of ||mixer output of theta' - of theta||^2, each on its OWN
-    h."""
-    return sum(mean_square(s, t) for s, t in zip(student_mixers, teacher_mixers, strict=True)) / len(
-        student_mixers
-    )
+    """Equation 10: 1/N sum over all N blocks of ||mixer output of theta' - theta||^2, each on its OWN h."""
+    terms = [mean_square(s, t) for s, t in zip(student_mixers, teacher_mixers, strict=True)]
+    return sum(terms) / len(terms)
 
 
 def kd_loss(student, teacher, z_t, t, text, mask, noise, soft_weight=0.5, mixer_weight=0.2, **conditions):
     """Equation 11: L_mse + 0.5 L_soft + 0.2 L_mixer -> (loss, {"mse", "soft", "mixer"} detached)."""
-    teacher_mixers, student_mixers = [], []
+    theirs, ours, given = [], [], (z_t, t, text, mask)  # the mixers' outputs
     with torch.no_grad():
-        teacher_noise = predict_noise(
-            teacher, z_t, t, text, mask, lambda n, x, y: teacher_mixers.append(y), **conditions
-        )
-    student_noise = predict_noise(
-        student, z_t, t, text, mask, lambda n, x, y: student_mixers.append(y), **conditions
-    )
-    terms = dict(
-        mse=mse_loss(noise, student_noise),
-        soft=soft_loss(teacher_noise, student_noise),
-        mixer=mixer_loss(teacher_mixers, student_mixers),
-    )
-    loss = terms["mse"] + soft_weight * terms["soft"] + mixer_weight * terms["mixer"]
-    return loss, {name: term.detach() for name, term in terms.items()}
+        teacher_noise = predict_noise(teacher, *given, lambda n, x, y: theirs.append(y), **conditions)
+    student_noise = predict_noise(student, *given, lambda n, x, y: ours.append(y), **conditions)
+    mse, soft = mse_loss(noise, student_noise), soft_loss(teacher_noise, student_noise)
+    mixer = mixer_loss(theirs, ours)
+    loss = mse + soft_weight * soft + mixer_weight * mixer
+    return loss, dict(mse=mse.detach(), soft=soft.detach(), mixer=mixer.detach())
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -908,21 +836,22 @@ def kd_loss(student, teacher, z_t, t, text, mask, noise, soft_weight=0.5, mixer_
 # ---------------------------------------------------------------------------------------------------
 
 
-def read_config(folder):
-    """The object in a folder's config.json; {} if there is no such file: load_part says what is missing.
-
-    Raises ValueError, naming the folder, if it is not readable.
-    """
+def read_json(path):
+    """The object in a JSON file, a dict.  Raises ValueError, naming the file, if it holds none."""
     try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-            config = json.load(file)
-        if not isinstance(config, dict):
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+        if not isinstance(value, dict):
             raise ValueError("it holds no JSON object")
-    except OSError:
-        return {}
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{folder}/config.json is not readable: {error}") from error
-    return config
+        raise ValueError(f"{path} is not readable: {error}") from error
+    return value
+
+
+def read_config(folder):
+    """What is in a folder's config.json; {} if there is no such file: load_part says what is missing."""
+    path = os.path.join(folder, "config.json")
+    return read_json(path) if os.path.isfile(path) else {}
 
 
 def load_part(cls, path, subfolder, **kwargs):
@@ -971,8 +900,7 @@ def load_backbone(path_or_repo, **overrides):
     """The T2MD of a checkpoint, or of a diffusers PixArt transformer, whichever is there; in float32.
 
     overrides: any argument of T2MD that changes no weight, e.g. pos_embed="centered".
-    Raises FileNotFoundError if there is neither, ValueError if its weights are not all that its config asks
-    for.
+    Raises FileNotFoundError if there is neither, ValueError if config and weights do not fit.
     """
     inside = os.path.join(path_or_repo, "transformer")
     config = read_config(inside if os.path.isdir(inside) else path_or_repo)
@@ -1005,20 +933,33 @@ def rename_pixart(state):
 
 def pixart_config(config):
     """A diffusers PixArtTransformer2DModel config -> the arguments of the T2MD that computes the same."""
-    heads, same = config["num_attention_heads"], ("patch_size", "in_channels", "sample_size")
-    optional = {name: config.get(name) for name in ("interpolation_scale", "use_additional_conditions")}
-    return (
-        optional
-        | {name: config[name] for name in same}
-        | dict(
-            pattern="S" * config["num_layers"],
-            width=heads * config["attention_head_dim"],
-            heads=heads,
-            pos_embed="pixart",
-            out_channels=config["out_channels"] or config["in_channels"],
-            caption_width=config["caption_channels"],
-        )
-    )
+    ours = {name: config[name] for name in ("patch_size", "in_channels", "sample_size")}
+    ours |= {name: config.get(name) for name in ("interpolation_scale", "use_additional_conditions")}
+    ours |= dict(pattern="S" * config["num_layers"], caption_width=config["caption_channels"])
+    ours |= dict(pos_embed="pixart", out_channels=config["out_channels"] or config["in_channels"])
+    heads = config["num_attention_heads"]
+    return ours | dict(heads=heads, width=heads * config["attention_head_dim"])
+
+
+# fmt: off
+def check_arguments(pattern, pos_embed, beta_schedule, width, heads, interpolation_scale, vae, text_encoder,
+                    mlp_ratio, use_additional_conditions, padding_tokens, local_enhancement, **counts):
+    """Raises ValueError, naming it, for an argument that no T2MD can have: a config may be broken."""
+    # fmt: on
+    for name, value in (counts | dict(width=width, heads=heads)).items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} {value!r} must be a positive whole number")
+    for name, value in dict(vae=vae, text_encoder=text_encoder).items():
+        if not isinstance(value, str | None):
+            raise ValueError(f"{name} {value!r} must be a folder or a repository")
+    if not isinstance(interpolation_scale, int | float | None):
+        raise ValueError(f"interpolation_scale {interpolation_scale!r} must be a number")
+    if not pattern or set(pattern) - set(MIXERS):
+        raise ValueError(f"pattern {pattern!r} must be made of the letters {' '.join(MIXERS)}")
+    if pos_embed not in COORDINATES or beta_schedule not in ("linear", "scaled_linear"):
+        raise ValueError(f"unknown pos_embed {pos_embed!r} or beta_schedule {beta_schedule!r}")
+    if width % heads or width % 4:
+        raise ValueError(f"width {width} must be a multiple of heads = {heads} and of 4")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1038,8 +979,7 @@ def chunks_at_once(x, B, chunk_size):
 
 
 def decays(s):
-    """Running sums s (..., c) that fall -> L (..., c, c): exp(s_i - s_j) where j <= i, 1 above the
-    diagonal."""
+    """Running sums s (..., c) that fall -> L (..., c, c): exp(s_i - s_j) where j <= i, else 1."""
     return (s[..., :, None] - s[..., None, :]).clamp_(max=0).exp_()
 
 
@@ -1157,8 +1097,7 @@ KERNEL_DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" el
 
 
 def import_kernel(name, module):
-    """Function `name` of `module`; None if its package is not installed, or, said once on stderr, fails at
-    import.
+    """Function `name` of `module`; None if its package is not installed, or (said on stderr) fails at import.
 
     All of mamba_ssm wants selective_scan_cuda at import, the compiled scan of Mamba-1, which is never called
     here and which a build without a compiler lacks: an empty module stands in for it meanwhile.
@@ -1172,9 +1111,8 @@ def import_kernel(name, module):
     try:
         return getattr(importlib.import_module(module), name)
     except Exception as error:  # built against another torch or Triton, a package raises anything
-        print(
-            f"t2md: {package} is installed, but fails at import: {error!r}; going on without", file=sys.stderr
-        )
+        why = f"fails at import: {error!r}; going on without"
+        print(f"t2md: {package} is installed, but {why}", file=sys.stderr)
     finally:
         if stands_in:
             del sys.modules[wanted]
@@ -1199,8 +1137,7 @@ def flash_runs(device_type, dtype):
 @torch.library.custom_op("t2md::mamba_scan", mutates_args=())
 def compiled_mamba_scan(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor,
                         chunk_size: int, D: torch.Tensor) -> torch.Tensor:
-    """mamba-ssm's scan as one opaque operator, so that torch.compile does not break a block's graph at it.
-    No gradient."""
+    """mamba-ssm's scan as one opaque operator, so that torch.compile breaks no graph at it. No gradient."""
     return mamba_scan(x, dt, A, B, C, chunk_size, D=D)
 # fmt: on
 

@@ -14,8 +14,7 @@
 
 Each stage writes OUT/STAGE: config.json and safetensors (EMA weights, what sample.py and diffusers load),
 made_with.json (all that its result depends on; a folder begun with other things is refused),
-training_state.pt (what a restart needs), log.jsonl (a line a step) and pictures, the student's below the
-teacher's, at each size.
+training_state.pt (what a restart needs), log.jsonl (a line a step) and pictures, the teacher's above.
 
 Sections: 1 configurations - 2 stages - 3 the loop - 4 from a stage to the loop - 5 command line.
 """
@@ -49,8 +48,8 @@ import sample
 import t2md
 from data import parts, shapes
 from data.images import ImageData
-from sample import RANK, WORLD, claim, draw, fingerprint, rank_zero_first, write_atomically
-from t2md import T2MD, VAE, Attention, MambaMixer, TextEncoder
+from sample import RANK, WORLD, claim, draw, fingerprint, rank_zero_first
+from t2md import ALWAYS_FLOAT32, T2MD, VAE, Attention, MambaMixer, TextEncoder
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -199,8 +198,7 @@ CHAIN = tuple(STAGES)
 
 
 def plan_for(name, args):
-    """The defaults of a stage, or of a part of the shapes world; what the command line sets is meant for the
-    stage it names, or for all."""
+    """A stage's, or a part's, defaults; the command line's are for the stage it names, or for all."""
     if name in STAGES:
         plan = dict(getattr(STAGES[name], args.config))
     else:
@@ -260,8 +258,7 @@ def orthogonalise(x, steps=5):
 
 
 class Optimizer:
-    """AdamW, and where the plan says so Muon on the matrices of the blocks, as one; with warm-up and final
-    decay.
+    """AdamW, and where the plan says so Muon on the matrices of the blocks, as one; with warm-up and decay.
 
     Weights decay; A_log, D and dt_bias do not (mamba-ssm marks them so), nor do biases, norms and tables.
     """
@@ -323,13 +320,11 @@ def sum_over_processes(tensors):
 
 
 def gradient_parts(loss_terms, step, images, micro_batch):
-    """Backward passes over a global batch of `images`, of which each process takes its share, `micro_batch`
-    at once.
+    """Backward passes over a global batch of `images`, each process its share, `micro_batch` at once.
 
     loss_terms: loss_terms(step, indices, backward) -> {name: detached mean over these indices}; it calls
         backward on every loss it makes.
-    Returns {name: mean over the global batch}; the gradients are those of the mean, once summed over
-    processes.
+    Returns {name: mean over the global batch}; gradients are the mean's, once summed over processes.
     Raises ValueError if there are fewer images than processes.
     """
     if images < WORLD:
@@ -348,15 +343,14 @@ def gradient_parts(loss_terms, step, images, micro_batch):
 
 
 def save_model(model, folder, dtype=torch.float32):
-    """save_pretrained into a temporary folder, then rename file by file into `folder`; in `dtype`, but for
-    A_log and dt_bias, which rounding would harm: every decay of a long sequence depends on them."""
+    """save_pretrained into a temporary folder, renamed file by file; in `dtype`, but for ALWAYS_FLOAT32."""
     temporary = folder.rstrip("/") + ".tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         if dtype != torch.float32:
             model = copy.deepcopy(model)
             for name, p in model.named_parameters():
-                p.data = p.data if name.endswith(("A_log", "dt_bias")) else p.data.to(dtype)
+                p.data = p.data if name.endswith(ALWAYS_FLOAT32) else p.data.to(dtype)
         model.save_pretrained(temporary)
     except SafetensorError as error:
         raise OSError(f"{folder} could not be written ({error}); what was there is as it was") from error
@@ -391,8 +385,7 @@ def saved_step(folder):
 
 
 class Run:
-    """What of a training is on disk, in `folder`: the log, and the state that a restart goes on from, bit for
-    bit."""
+    """What of a training is on disk, in `folder`: the log, and the state that a restart goes on from."""
 
     def __init__(self, name, folder, network, optimizer, plan):
         self.folder, self.steps, self.network, self.optimizer = folder, plan["steps"], network, optimizer
@@ -436,7 +429,8 @@ class Run:
                 parts = dict(network=self.network, ema=self.ema, optimizer=self.optimizer)
                 state = {name: part.state_dict() for name, part in parts.items()}
                 state |= dict(step=step, steps=self.steps)
-                write_atomically(os.path.join(self.folder, STATE), lambda path: torch.save(state, path))
+                path = os.path.join(self.folder, STATE)
+                sample.write_atomically(path, functools.partial(torch.save, state))
         self.saved = time.time()
 
 
@@ -491,14 +485,12 @@ def fit(name, folder, network, loss_terms, export, plan, args, show=None, images
 
 
 def locate(name, args):
-    """Where the model of a stage, or a part, is or will be: (folder or repository, where it comes from or,
-    if it is trained in OUT, None)."""
+    """Where the model of a stage, or a part, is or will be: (path, origin); None: trained in OUT."""
     config, part = CONFIGS[args.config], name.removesuffix("_adapt")
     own, own_teacher = os.path.join(args.out, name), os.path.isdir(os.path.join(args.out, "teacher"))
     shipped = os.path.join(HERE, config["teacher"] if name == "teacher" else os.path.join("assets", name))
-    may_be_shipped = (
-        args.config == "shapes" and args.stage != "all" and not own_teacher and os.path.isdir(shipped)
-    )
+    from_nothing = args.config != "shapes" or args.stage == "all" or own_teacher
+    may_be_shipped = not from_nothing and os.path.isdir(shipped)
     if name == "teacher" and args.stage != "teacher":
         if args.teacher or args.config != "shapes":
             return args.teacher or config["teacher"], "given"
@@ -515,7 +507,7 @@ def needs(name, args):
     if name not in STAGES:
         return []
     if name == "teacher":
-        return [] if args.teacher else list(PARTS)
+        return [] if args.teacher else [part for part in PARTS if not getattr(args, part)]
     first = comes_after(name, args)
     swaps = STAGES[name].adapted and not STAGES[first].adapted
     return [first] + ["teacher"] * STAGES[name].asks_teacher + [f"{part}_adapt" for part in PARTS if swaps]
@@ -532,8 +524,7 @@ def starting_point(name, args):
 
 
 def work_out(args):
-    """What must run for what --stage names, first things first -> names; printed as a plan before anything
-    runs.
+    """What must run for what --stage names, first things first -> names; printed as a plan.
 
     Raises ValueError where a finished folder was made with other things than this run's.
     """
@@ -567,9 +558,7 @@ def work_out(args):
 
 def named_part(checkpoint, part):
     """Where the VAE or text encoder is that a checkpoint names; a plain pipeline has its own inside."""
-    path = os.path.join(checkpoint, "config.json")
-    reference = sample.read_json(path).get(part) if os.path.exists(path) else None
-    return sample.component_path(checkpoint, reference)
+    return sample.component_path(checkpoint, t2md.read_config(checkpoint).get(part))
 
 
 def part_for(part, name, args):
@@ -648,30 +637,31 @@ def stage_terms(
     made for: a shape of m times the size m times as well, latents of 1/4 of the amplitude 1/4 as well.
     weights: of L_soft and L_mixer in kd.  conditions: see `sample.size_conditions`.
     """
-    t, noise, alpha_bar = (
-        batch["t"],
-        batch["noise"],
-        schedule.alphas_cumprod.to(batch["t"].device)[batch["t"]],
-    )
+    t, noise = batch["t"], batch["noise"]
+    alpha_bar = schedule.alphas_cumprod.to(t.device)[t]
     given = schedule.add_noise(batch["z0"], noise, t), t, batch["text"], batch["mask"]
     snr = signal and signal**2 * alpha_bar / (1 - alpha_bar)
     return STAGES[name].loss(student, teacher, given, noise, backward, conditions, weights=weights, snr=snr)
 
 
+def picture_source(args, pixels, count):
+    """--data; of the shapes world the first process draws `count` pictures, unless they are there."""
+    if args.data != "shapes":
+        return args.data
+    folder = os.path.join(args.out, "pictures", f"{pixels}px-{count}-seed{args.seed}")
+    with rank_zero_first():
+        return shapes.write_shards(folder, pixels, count, args.seed)
+
+
 def open_data(name, args, vae, text_encoder, base):
-    """{multiple of the base size: its ImageData}; the shapes world is drawn first, and always encoded
-    once."""
+    """{multiple of the base size: its ImageData}; the shapes world is always encoded once."""
     plan, index, cache, data = plan_for(name, args), os.path.join(args.out, "index"), args.cache, {}
     if args.data == "shapes":
         cache = cache or os.path.join(args.out, "features_adapt" if STAGES[name].adapted else "features")
+    count = min(plan.get("pictures", 20_000), plan["steps"] * plan["batch_size"])
     for m in STAGES[name].sizes:
-        source, pixels = args.data, m * base
-        if source == "shapes":
-            count = min(plan.get("pictures", 20_000), plan["steps"] * plan["batch_size"])
-            folder = os.path.join(args.out, "pictures", f"{pixels}px-{count}-seed{args.seed}")
-            with rank_zero_first():
-                source = shapes.write_shards(folder, pixels, count, args.seed)
-        data[m] = ImageData(source, pixels, vae, text_encoder, args.seed, index, cache)
+        source = picture_source(args, m * base, count)
+        data[m] = ImageData(source, m * base, vae, text_encoder, args.seed, index, cache)
     return data
 
 
@@ -710,7 +700,7 @@ def teacher_row(name, args, teacher, vae, text_encoder, captions, data, base):
         path = os.path.join(args.out, "teacher_pictures", f"{sample.slug(caption)[:80]}-{args.seed + k}.png")
         if teacher and not os.path.exists(path):
             (image,) = sample.generate(teacher, vae, text_encoder, [caption], (base, base), [args.seed + k])
-            write_atomically(path, functools.partial(image.save, format="PNG"))
+            sample.write_png(path, image)
         row.append(Image.open(path) if os.path.exists(path) else Image.new("RGB", (base, base), "white"))
     return row
 
@@ -745,9 +735,7 @@ def train_stage(name, args):
     data = open_data(name, args, vae, text_encoder, base)
     smallest = data[min(data)]
     captions = example_captions(args, smallest.prompts)
-    text_encoder = sample.encode_first(
-        text_encoder, ["", *captions]
-    )  # on the device only if the data asks it
+    text_encoder = sample.encode_first(text_encoder, ["", *captions])  # the device's is the data's alone
     schedule, (multiples, images, turns) = noise_schedule(model), sizes_of_steps(name, args, plan)
 
     def loss_terms(step, indices, backward):
@@ -765,8 +753,7 @@ def train_stage(name, args):
     def show(path):
         sizes = [(m * base, m * base) for m in sorted(data)]
         rows = [sample.generate_all(model, vae, text_encoder, captions, size, args.seed) for size in sizes]
-        sheet = sample.contact_sheet([row, *rows], base)
-        write_atomically(path, functools.partial(sheet.save, format="PNG"))
+        sample.write_png(path, sample.contact_sheet([row, *rows], base))
 
     more = dict(show=show if captions else None, images=images.__getitem__, faster=stage.faster(model))
     fit(name, folder, model, loss_terms, functools.partial(save_model, model), plan, args, **more)
@@ -787,7 +774,7 @@ def train_part(name, args):
     def fit_part(network, loss_terms, export):
         fit(name, folder, network, loss_terms, export, plan, args)
 
-    parts.train_part(name, folder, args.seed, fit_part, save_model)
+    parts.train_part(name, args.seed, fit_part, save_model)
 
 
 def peak_memory(device):
@@ -802,11 +789,8 @@ def look_at_data(args):
     OUT/data.png, 24 of them with their captions."""
     pixels = args.size or {"shapes": 128, "t2md": 512}[args.config]
     path = os.path.join(args.out, "data.png")
-    source = args.data
-    if source == "shapes":
-        folder = os.path.join(args.out, "pictures", f"{pixels}px-1000-seed{args.seed}")
-        source = shapes.write_shards(folder, pixels, 1000, args.seed)
-    data = ImageData(source, pixels, None, None, args.seed, os.path.join(args.out, "index"))
+    index = os.path.join(args.out, "index")
+    data = ImageData(picture_source(args, pixels, 1000), pixels, None, None, args.seed, index)
     numbers = [k for batch in data.order(0, 1)[:24] for k in batch]
     found = [data.picture(k) for k in numbers]
     print(f"{len(data.items)} images in {len(data.buckets)} buckets of about {pixels} x {pixels} px:")
@@ -818,7 +802,7 @@ def look_at_data(args):
     rows = [found[k : k + 6] for k in range(0, len(found), 6)]
     captions = [[data.prompts[k] for k, _ in row] for row in rows]
     sheet = sample.contact_sheet([[image for _, image in row] for row in rows], 192, captions)
-    write_atomically(path, functools.partial(sheet.save, format="PNG"))
+    sample.write_png(path, sheet)
     print(path)
 
 
@@ -828,8 +812,7 @@ def look_at_data(args):
 
 
 def say_if_slower():
-    """Without instructions for bfloat16 a CPU multiplies its matrices slower than float32's: time both, and
-    say so."""
+    """Without instructions for bfloat16 a CPU multiplies its matrices slower than float32's: say so."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.ones(512, 512, dtype=dtype)
@@ -844,6 +827,8 @@ def say_if_slower():
 
 def run(args):
     """What --stage names, and first whatever it needs."""
+    if WORLD > 1 and not dist.is_initialized():
+        start_processes(args)
     if args.stage == "data":
         return look_at_data(args)
     if args.dtype == "bfloat16" and args.device == "cpu":
@@ -896,15 +881,13 @@ def parse_arguments(argv=None):
     for config in CONFIGS:
         for name, stage in STAGES.items():
             plan = getattr(stage, config)
-            epilog += (
-                [f"  {config:7} {name:9}" + ", ".join(f"{k} {v}" for k, v in plan.items())] if plan else []
-            )
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog="\n".join(epilog), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+            defaults = ", ".join(f"{k} {v}" for k, v in plan.items())
+            epilog += [f"  {config:7} {name:9}{defaults}"] if plan else []
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog="\n".join(epilog), formatter_class=raw)
     add_flags(parser.add_argument)
     add_stage_flags(
-        parser.add_argument_group("the stage that --stage names (or every one, with all)").add_argument
+        parser.add_argument_group("the stage that --stage names (with all: every one)").add_argument
     )
     args = parser.parse_args(argv)
     for name in ("steps", "batch_size", "micro_batch", "save_every", "size"):
@@ -940,16 +923,8 @@ def start_processes(args):
 
 
 def main():
-    args = parse_arguments()
-    sample.keep_freed_memory()
-    try:
-        if WORLD > 1:
-            start_processes(args)
-        run(args)
-    except (OSError, ValueError, ArithmeticError) as error:
-        sys.exit(f"train.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("train.py: stopped; the same command continues from the last checkpoint")
+    stopped = "stopped; the same command continues from the last checkpoint"
+    sample.as_command("train.py", run, parse_arguments(), stopped)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ imports. Exit code 1 if anything differs.
 """
 
 import argparse
+import functools
 import json
 import mmap
 import os
@@ -25,6 +26,7 @@ import time
 
 import torch
 
+import sample
 import train
 
 PARTS = ("loading", "a step", "a save")  # where a kill can come
@@ -113,9 +115,7 @@ def run(args, scratch):
             child = begin(KD, out, now)
             if sum(killed.values()) < args.kills:
                 time.sleep(rng.uniform(0, longest))
-                os.killpg(
-                    child, signal.SIGKILL
-                )  # a process that is done but not yet waited for is still there
+                os.killpg(child, signal.SIGKILL)  # one that is done, but not yet waited for, is still there
             code = finish(child, out, (0, -9))
             killed[PARTS[now[0]]] += code != 0
         finished += 1
@@ -134,13 +134,8 @@ def main():
     args = parser.parse_args()
     if args.kills < 1:
         parser.error("--kills must be at least 1")
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            sys.exit(not run(args, scratch))
-    except (OSError, ValueError) as error:
-        sys.exit(f"claims.crashes: {error}")
-    except KeyboardInterrupt:
-        sys.exit("claims.crashes: stopped")
+    with tempfile.TemporaryDirectory() as scratch:
+        sys.exit(not sample.as_command("claims.crashes", functools.partial(run, scratch=scratch), args))
 
 
 if __name__ == "__main__":

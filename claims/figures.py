@@ -12,7 +12,6 @@ import glob
 import itertools
 import json
 import os
-import sys
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from claims.scores import OUT, relative_errors
 from claims.table1 import BASE, FORCED, row_folder, teacher_folder
 from data.images import to_pixels
 from data.shapes import COLOURS, draw_shapes, heldout_records
-from t2md import predict_noise
+from t2md import predict_noise, read_json
 
 # the mixers whose receptive field is drawn, where a model has them
 STACKS = ("W", "H", "WH", "S", ">", "<", "v", "^")
@@ -72,7 +71,7 @@ def field_sheet(model, vae, text_encoder, pixels, seed):
 def depth_lines(args):
     """{name of a line: each block's error}, of what claims.table1 has trained in OUT."""
     table, lines = os.path.join(args.out, "ablate", "table.json"), {}
-    rows = sample.read_json(table) if os.path.exists(table) else {}
+    rows = read_json(table) if os.path.exists(table) else {}
     for name, row in (("without", "+ token mixer loss"), ("with", FORCED)):
         if row in rows:
             errors = [run["mixers"] for run in rows[row]["runs"]]
@@ -163,7 +162,7 @@ def curves(folders):
 
 
 def save(image, path):
-    sample.write_atomically(path, lambda temporary: image.save(temporary, format="PNG"))
+    sample.write_png(path, image)
     print(path)
 
 
@@ -199,12 +198,7 @@ def parse_arguments(argv=None):
 
 
 def main():
-    args = parse_arguments()
-    sample.keep_freed_memory()
-    try:
-        run(args)
-    except (OSError, ValueError) as error:
-        sys.exit(f"claims.figures: {error}")
+    sample.as_command("claims.figures", run, parse_arguments())
 
 
 if __name__ == "__main__":

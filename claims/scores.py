@@ -10,7 +10,6 @@ Prints a table; writes OUT/eval.json and OUT/eval.png, a row of pictures for eac
 
 import argparse
 import os
-import sys
 
 import numpy as np
 import torch
@@ -72,9 +71,8 @@ def relative_errors(student, teacher, vae, text_encoder, records, pixels, seed):
         noise = [torch.randn(1, *mean.shape[1:], generator=sample.draw(seed, "errors", 0, k)) for k in chunk]
         t = torch.tensor([int((k + 0.5) * 1000 / len(records)) for k in chunk], device=mean.device)
         z_t = schedule.add_noise(mean, torch.cat(noise).to(mean.device), t)
-        totals = totals + np.array(
-            squares(student, teacher, z_t, t, *text_encoder([records[k]["prompt"] for k in chunk]))
-        )
+        text = text_encoder([records[k]["prompt"] for k in chunk])
+        totals = totals + np.array(squares(student, teacher, z_t, t, *text))
     wrong, size = totals.T
     noise_error, *errors = (wrong / size).tolist()
     return dict(noise=noise_error, mixers=errors[: len(student.blocks)], forced=errors[len(student.blocks) :])
@@ -91,11 +89,7 @@ def parse_arguments(argv=None):
     add("--direct", action="store_true", help="sample large sizes from noise at once, as the paper does")
     add("--renoise", type=int, metavar="T", help="of progressive sampling, see sample.py")
     add("--upscale", type=int, default=1, metavar="M", help="upsample guidance, at M times a known size")
-    add(
-        "--zero-shot",
-        metavar="PIXELS",
-        help="more pictures of the last; the three flags above are theirs alone",
-    )
+    add("--zero-shot", metavar="PIXELS", help="more pictures of the last; for them alone the three above")
     add("--seed", type=int, default=0, help="of the records and of the noise (default 0)")
     add("--out", default=OUT, help="folder of the results (default %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -117,9 +111,8 @@ def found(out):
 def run(args):
     records = sample.read_prompts(args.prompts) if args.prompts else heldout_records(args.records, args.seed)
     if not all(record.get("tag") in TAGS and record.get("include") for record in records):
-        raise ValueError(
-            f"{args.prompts} must hold GenEval's records: tag, one of {', '.join(TAGS)}, and include"
-        )
+        which = f"tag, one of {', '.join(TAGS)}, and include"
+        raise ValueError(f"{args.prompts} must hold GenEval's records: {which}")
     prompts, results, rows, shown = [record["prompt"] for record in records], {}, [], float("inf")
     special = dict(upscale=args.upscale, direct=args.direct, renoise=args.renoise)
     print(f"{len(records)} records, 20 steps, guidance 4.5, seed {args.seed}")
@@ -142,16 +135,11 @@ def run(args):
         rows.append(sample.generate_all(model, *parts, prompts[:12], size, args.seed, **special))
     sample.write_json(os.path.join(args.out, "eval.json"), results)
     sheet = sample.contact_sheet(rows, shown)  # all as large as the base size that they were distilled at
-    sample.write_atomically(os.path.join(args.out, "eval.png"), lambda path: sheet.save(path, format="PNG"))
+    sample.write_png(os.path.join(args.out, "eval.png"), sheet)
 
 
 def main():
-    args = parse_arguments()
-    sample.keep_freed_memory()
-    try:
-        run(args)
-    except (OSError, ValueError) as error:
-        sys.exit(f"claims.scores: {error}")
+    sample.as_command("claims.scores", run, parse_arguments())
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import contextlib
 import fcntl
 import itertools
 import os
-import sys
 import typing
 
 import numpy as np
@@ -22,6 +21,7 @@ import sample
 import train
 from claims.scores import OUT, evaluate, relative_errors
 from data.shapes import TAGS, heldout_records, write_shards
+from t2md import read_json
 
 
 class Row(typing.NamedTuple):
@@ -105,7 +105,7 @@ def measure(row, seed, args, teacher, original, parts):
             images = sample.generate_all(model, *parts, prompts, (BASE, BASE), seed)
             errors = relative_errors(model, original, *parts, records[:96], BASE, seed)
             sample.write_json(path, evaluate(images, records) | errors)
-    return sample.read_json(path)
+    return read_json(path)
 
 
 def tabulate(results, args):
@@ -184,14 +184,8 @@ def parse_arguments(argv=None):
 
 
 def main():
-    args = parse_arguments()
-    sample.keep_freed_memory()
-    try:
-        run(args)
-    except (OSError, ValueError, ArithmeticError) as error:
-        sys.exit(f"claims.table1: {error}")
-    except KeyboardInterrupt:
-        sys.exit("claims.table1: stopped; the same command goes on from there")
+    stopped = "stopped; the same command goes on from there"
+    sample.as_command("claims.table1", run, parse_arguments(), stopped)
 
 
 if __name__ == "__main__":

@@ -35,8 +35,7 @@ def open_image(file, offset, length):
 
 
 def to_rgb(image):
-    """Any PIL image as RGB: upright (EXIF), 16 bits scaled down, transparency over white, palette and CMYK
-    converted."""
+    """Any PIL image as RGB: upright (EXIF), 16 bits scaled down, transparency over white."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = Image.fromarray(np.uint8(np.asarray(image).clip(0, 65535) // 257))
@@ -164,14 +163,12 @@ class ImageData:
     def encode(self, pictures):
         """Pictures of one size -> means and standard deviations of their latents, (B, 2, C, h, w)."""
         together = max(1, TOGETHER // (pictures[0].width * pictures[0].height))
-        with torch.autocast(self.vae.model.device.type, enabled=False):
-            parts = [self.vae.moments(part) for part in to_pixels(pictures).split(together)]
+        parts = [self.vae.moments(part) for part in to_pixels(pictures).split(together)]
         return torch.cat([torch.stack(part, dim=1).cpu() for part in parts])
 
     def encode_text(self, captions):
         """List of captions -> their features (B, T, width) and mask (B, T)."""
-        with torch.autocast(self.text_encoder.model.device.type, enabled=False):
-            features, mask = self.text_encoder(captions)
+        features, mask = self.text_encoder(captions)
         return features.float().cpu(), mask.cpu()
 
     # the cache
@@ -198,15 +195,12 @@ class ImageData:
         """Compute the shards that the cache lacks, this process's share of them. What is there stays, so a
         run that was cut off goes on. Images that turn out to be broken leave the data set."""
         texts, images = self.shards()
-        for write, shards, what in (
-            (self.write_text, texts, "captions"),
-            (self.write_moments, images, "images"),
-        ):
+        kinds = (self.write_text, texts, "captions"), (self.write_moments, images, "images")
+        for write, shards, what in kinds:
             missing = [shard for shard in shards[RANK::WORLD] if not os.path.exists(shard[0])]
             total = sum(len(part) for _, part in missing)
-            with tqdm(
-                total=total, desc=f"encoding {what} into {self.cache}", disable=RANK > 0 or not total
-            ) as bar:
+            doing = f"encoding {what} into {self.cache}"
+            with tqdm(total=total, desc=doing, disable=RANK > 0 or not total) as bar:
                 for path, part in missing:
                     write(path, part, bar.update)
         if WORLD > 1:
@@ -291,8 +285,7 @@ class ImageData:
         -> dict of latents z0 and noise (B, C, h, w), t (B,), text (B, T, width), mask (B, T).
 
         timesteps: uniform, or (mean, deviation) of a normal distribution cut to [0, 1000).
-        A caption is dropped (replaced by the empty one) with probability `drop`, for classifier-free
-        guidance.
+        A caption is dropped (replaced by the empty one) with probability `drop`, for guidance.
         """
         numbers, moments = self.fetch(turn, indices, images)
         mean, std = moments.unbind(1)

@@ -110,8 +110,7 @@ OPPOSITE = dict(zip(("none", *POSITIONS), ("none", "right of", "left of", "below
 
 
 def word_labels(prompt):
-    """What each word of a caption says of the object it belongs to, as class indices: (words, 4); -100:
-    nothing.
+    """What each word of a caption says of the object it belongs to, class indices (words, 4); -100: nothing.
 
     "a photo of a red circle and a blue square": both "red" and "circle" say (circle, red, one, no place).
     """
@@ -160,10 +159,10 @@ def reader_loss(reader, tokenizer, stage, step, indices, seed):
     return sum(terms.values()), terms
 
 
-def train_part(name, folder, seed, fit, save):
+def train_part(name, seed, fit, save):
     """Train a VAE or text encoder of the shapes world and write it in diffusers' or transformers' format.
 
-    name: vae, text_encoder, vae_adapt or text_encoder_adapt.  folder: where its model files go.
+    name: vae, text_encoder, vae_adapt or text_encoder_adapt.
     fit: fit(network, loss_terms, export) trains; see `train.fit`.  save: save(model, folder).
     """
     torch.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))

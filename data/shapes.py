@@ -266,13 +266,9 @@ def write_shard(path, numbers, pixels, seed):
                 rng = np.random.default_rng([seed, pixels, k])
                 record, png = training_record(rng), io.BytesIO()
                 draw_shapes(record, pixels, rng).save(png, "PNG")
-                contents = dict(
-                    png=png.getvalue(), txt=record["prompt"].encode(), json=json.dumps(record).encode()
-                )
-                for suffix, content in contents.items():
-                    info = tarfile.TarInfo(
-                        f"{k:08}.{suffix}"
-                    )  # of 1970: the same bytes whenever it is written
+                texts = dict(txt=record["prompt"].encode(), json=json.dumps(record).encode())
+                for suffix, content in (dict(png=png.getvalue()) | texts).items():
+                    info = tarfile.TarInfo(f"{k:08}.{suffix}")  # of 1970: the same bytes at any time
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
 
