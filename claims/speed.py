@@ -6,14 +6,12 @@
     python -m claims.speed kernels    # errors of every scan that runs here, mamba-ssm's among them
     python -m claims.speed bill       # operations, H100-days and disk of the paper's stages
 
-Weights are random: time does not depend on them. Ratios are of medians, measured in turn in one run.
-Operations are counted by running the code on tensors without data: those of matrix products, convolutions and
-attention, two to a multiply-add, the scan in plain PyTorch.
+Weights are random: time does not depend on them. Ratios are of medians, measured in turn in one run; shares
+of the machine's matmul rate are by the operation counts of claims/counts.py.
 """
 
 import argparse
 import contextlib
-import copy
 import functools
 import importlib.metadata
 import itertools
@@ -27,12 +25,12 @@ from unittest import mock
 import torch
 from diffusers.training_utils import EMAModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
 import sample
 import t2md
 import train
+from claims.counts import count_call, count_step, print_bill, print_row, ready
 from t2md import T2MD, VAE, Attention, MambaMixer, TextEncoder, predict_noise, ssd
 
 # what can compute self-attention; flash-attn is a package
@@ -42,10 +40,9 @@ ATTENTION = {
     "SDPA's flash": SDPBackend.FLASH_ATTENTION,
     "SDPA's efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-H100 = 989e12  # bfloat16 operations a second, by its data sheet
 
 # ---------------------------------------------------------------------------------------------------
-# 1. Measuring and counting
+# 1. Measuring
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -93,15 +90,6 @@ def print_kernels(function, device, rows):
         print(f"{spent[event] / 1e3:>12.2f} ms {share:>4.0%} {event.count:>6} x {event.key[:76]}")
 
 
-def operations(function, *args, **kwargs):
-    """Floating-point operations of `function`, given tensors and modules of the device meta."""
-    # torch takes the gradient of a depthwise convolution, a negligible one, for that of a dense one
-    no_gradient = {torch.ops.aten.convolution_backward: lambda *_, **__: 0}
-    with FlopCounterMode(display=False, custom_mapping=no_gradient) as counter:
-        function(*args, **kwargs)
-    return counter.get_total_flops()
-
-
 def matmul_rate(device, dtype):
     """Operations a second of a large matrix product, the best of seven."""
     n = 8192 if device == "cuda" else 2048
@@ -111,19 +99,14 @@ def matmul_rate(device, dtype):
 
 def print_machine(device, dtype):
     """Prints what all timings depend on -> `matmul_rate`."""
-    installed = {
-        d.metadata["Name"].lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()
-    }
+    packages = ((d.metadata["Name"], d.version) for d in importlib.metadata.distributions())
+    installed = {name.lower().replace("_", "-"): version for name, version in packages}
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    packages = ("torch", "triton", "transformers", "mamba-ssm", "flash-attn")
-    print(", ".join([name, *(f"{p} {installed[p]}" if p in installed else f"no {p}" for p in packages)]))
+    wanted = ("torch", "triton", "transformers", "mamba-ssm", "flash-attn")
+    print(", ".join([name, *(f"{p} {installed[p]}" if p in installed else f"no {p}" for p in wanted)]))
     rate = matmul_rate(device, dtype)
     print(f"a large matrix product in {str(dtype)[6:]}: {rate / 1e12:.3g} TFLOP/s")
     return rate
-
-
-def print_row(widths, *cells):
-    print(" ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -180,10 +163,8 @@ def time_model(args):
         t2md.mamba_scan = None
     models, rate = make_models(args), print_machine(args.device, getattr(torch, args.dtype))
     scan = "mamba-ssm" if t2md.scan_runs(args.device, models[0].dtype) else "plain PyTorch"
-    print(
-        f"{'compiled' if args.compile else 'not compiled'}, scan by {scan}, guidance {args.guidance}; a step"
-    )
-    print(f"is the median of {args.repeats} +- the largest deviation, after a first one to warm up")
+    print(f"{'compiled' if args.compile else 'not compiled'}, scan by {scan}, guidance {args.guidance}")
+    print(f"a step: median of {args.repeats} +- the largest deviation, after a first one to warm up")
     widths = 10, 6, max(9, len(args.pattern)), 7, 17, 9, 10, 6, 7, 9
     heads = "s / step", "s / image", "images / s", "GiB", "TFLOP", "of matmul"
     print_row(widths, "pixels", "tokens", "pattern", "first s", *heads)
@@ -200,10 +181,8 @@ def time_size(args, models, rate, widths, width, height):
     if args.compile:
         for model in models:
             model.compile_repeated_blocks(fullgraph=True, dynamic=False)
-    images = [
-        functools.partial(sample.denoise, model, text, text, noise, steps=args.steps, guidance=args.guidance)
-        for model in models
-    ]
+    how = dict(steps=args.steps, guidance=args.guidance)
+    images = [functools.partial(sample.denoise, model, text, text, noise, **how) for model in models]
     steps = [functools.partial(image, steps=1) for image in images]
     with attention_by(way):
         first = seconds(steps, 1, args.device)  # compiles and tunes
@@ -211,11 +190,8 @@ def time_size(args, models, rate, widths, width, height):
         times = seconds(steps, args.repeats, args.device)
         whole = times if args.steps == 1 else seconds(images, 1, args.device)
         for n, model in enumerate(models):
-            (median, spread), image, count = (
-                times[n],
-                whole[n][0],
-                count_step(model, noise.shape[1:], branches),
-            )
+            (median, spread), (image, _) = times[n], whole[n]
+            count = count_step(model, noise.shape[1:], branches)
             gib = sum(p.nbytes for p in model.parameters()) / 2**30 + extra[n]
             cells = f"{width}x{height}", width * height // 256, model.config.pattern, f"{first[n][0]:.1f}"
             rates = f"{image:.2f}", f"{1 / image:.3f}", f"{gib:.2f}", f"{count / 1e12:.3g}"
@@ -225,37 +201,6 @@ def time_size(args, models, rate, widths, width, height):
                 print_kernels(steps[n], args.device, args.kernels)
     step, image = (own[0][0] / own[1][0] for own in (times, whole))
     print(f"all attention / hybrid: {step:.2f} a step, {image:.2f} an image, attention by {way}", flush=True)
-
-
-def on_meta(config, pattern):
-    """A T2MD of a config, but of this pattern, without data."""
-    with torch.device("meta"):
-        return T2MD(**{k: v for k, v in config.items() if not k.startswith("_")} | dict(pattern=pattern))
-
-
-def given_on_meta(model, batch, latent):
-    """z_t, t, text, mask as losses take them, for `batch` latents (C, h, w)."""
-    with torch.device("meta"):
-        text = torch.empty(batch, 120, model.config.caption_width)
-        return torch.empty(batch, *latent), torch.empty(batch), text, torch.ones(batch, 120)
-
-
-def by_letters(count, pattern):
-    """count(pattern), from patterns of one and two letters: every block of a letter counts the same."""
-    one = count("S")
-    more = {letter: count("S" + letter) - one for letter in {"S", *pattern}}
-    return one - more["S"] + sum(more[letter] for letter in pattern)
-
-
-@torch.no_grad()
-def count_step(model, latent, batch):
-    """Operations of a denoiser step of a frozen T2MD with `batch` latents (C, h, w)."""
-
-    def count(pattern):
-        twin = sample.freeze(on_meta(model.config, pattern), "meta", torch.float32)
-        return operations(predict_noise, twin, *given_on_meta(twin, batch, latent))
-
-    return by_letters(count, model.config.pattern)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -269,17 +214,6 @@ def scan_arguments(tokens, heads=36, head_dim=64, state=256, groups=1, device="c
     x, B, C = (normal(1, tokens, *more) for more in ((heads, head_dim), (groups, state), (groups, state)))
     dt, A = 0.1 * torch.rand(1, tokens, heads, device=device), -16 * torch.rand(heads, device=device)
     return x, dt, A, B, C, normal(heads)
-
-
-def count_call(call):
-    """Operations of a functools.partial, from twins without data of what it was given."""
-
-    def twin(thing):
-        return copy.deepcopy(thing).to("meta") if hasattr(thing, "to") else thing
-
-    return operations(
-        twin(call.func), *map(twin, call.args), **{k: twin(v) for k, v in call.keywords.items()}
-    )
 
 
 @torch.no_grad()
@@ -347,17 +281,15 @@ def check_kernels(args):
         exact = with_gradients(ssd, 64, [v.detach().double().requires_grad_() for v in given])
         for name, (scan, chunk) in scans.items():
             # products of bfloat16 come out wrong in Triton's interpreter
-            if scan is not ssd and not (
-                t2md.scan_runs(args.device, dtype) and (cuda or dtype == torch.float32)
-            ):
+            runs = t2md.scan_runs(args.device, dtype) and (cuda or dtype == torch.float32)
+            if scan is not ssd and not runs:
                 continue
             with contextlib.nullcontext() if cuda else triton_interpreter():
                 got = with_gradients(scan, chunk, given)
                 call = functools.partial(with_gradients, scan, chunk, given)
                 (took, _), *_ = seconds([call], 3, args.device)
-                if scan is not ssd and not torch.equal(
-                    t2md.compiled_mamba_scan(*given[:5], chunk, D), got[0]
-                ):
+                seen = got[0] if scan is ssd else t2md.compiled_mamba_scan(*given[:5], chunk, D)
+                if not torch.equal(seen, got[0]):
                     raise ArithmeticError("mamba-ssm as torch.compile sees it gives another result")
             errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(got, exact)]
             print_row(widths, name, str(dtype)[6:], *(f"{e:.1e}" for e in errors), f"{1e3 * took:.1f}")
@@ -368,16 +300,6 @@ def check_kernels(args):
 # ---------------------------------------------------------------------------------------------------
 # 4. A training step
 # ---------------------------------------------------------------------------------------------------
-
-
-def ready(model, stage, checkpointing):
-    """A student as a stage trains it."""
-    model.requires_grad_(False)
-    for module in stage.trains(model):
-        module.requires_grad_(True)
-    if checkpointing:
-        model.enable_gradient_checkpointing()
-    return model
 
 
 def training_pair(stage, config, device):
@@ -458,9 +380,7 @@ def time_training(args):
     student, teacher = training_pair(stage, config, device)
     with tempfile.TemporaryDirectory() as folder:
         shapes = args.config == "shapes"
-        data = functools.partial(
-            *([shapes_batches(folder, images)] if shapes else [random_batch, student, images])
-        )
+        data = shapes_batches(folder, images) if shapes else functools.partial(random_batch, student, images)
         batch = {name: value.to(device) for name, value in data().items()}
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             parts = training_parts(stage, plan, student, teacher, batch) | ({"data": data} if shapes else {})
@@ -475,102 +395,17 @@ def time_training(args):
 
 
 # ---------------------------------------------------------------------------------------------------
-# 5. The bill
+# 5. Command line
 # ---------------------------------------------------------------------------------------------------
 
-
-def count_training(stage, pattern, side):
-    """Operations of a training step of a stage with one latent of side x side, at full size."""
-
-    def count(letters):
-        student, teacher = on_meta({}, letters), on_meta(dict(out_channels=8), "S" * len(letters))
-        given = given_on_meta(student, 1, (4, side, side))
-        args = ready(student, stage, True), teacher, given, given[0], torch.Tensor.backward, {}
-        return operations(stage.loss, *args, weights=(0.5, 0.2))
-
-    return by_letters(count, pattern)
-
-
-def images_seen(stage):
-    """{multiple of the base size: images of it that a stage of --config t2md takes in all}."""
-    batches = {m: max(1, stage.t2md["batch_size"] // m**2) for m in stage.sizes}
-    steps = stage.t2md["steps"] / sum(share / batches[m] for m, share in stage.sizes.items())
-    return {m: round(steps * share) for m, share in stage.sizes.items()}
-
-
-def print_bill(args):
-    """What the paper's stages cost by count: the steps, batches and activation checkpointing of train.py's
-    config t2md, for the hybrid and, where there is no teacher, for a model of self-attention alone."""
-    days = 86400 * H100 * args.utilisation  # operations of an H100-day
-    print(f"an H100-day at {args.utilisation:.0%} of {H100 / 1e12:.0f} TFLOP/s; encoding not counted")
-    widths, columns = (8, 9, 8, 11, 17, 12, 10, 17, 12, 10), ("PFLOP / step", "PFLOP", "H100-days")
-    print_row(widths, "", "px", "steps", "images", "hybrid: " + columns[0], *columns[1:], *columns)
-    patterns, totals, most = (train.CONFIGS["t2md"]["pattern"], "S" * 28), [0.0, 0.0], {}
-    stages = {name: stage for name, stage in train.STAGES.items() if stage.t2md}
-    for name, stage in stages.items():
-        seen, cells = images_seen(stage), []
-        for n, pattern in enumerate(patterns[: 1 if stage.asks_teacher else 2]):
-            total = sum(images * count_training(stage, pattern, 64 * m) for m, images in seen.items())
-            totals[n] += total
-            cells += (
-                f"{total / stage.t2md['steps'] / 1e15:.2f}",
-                f"{total / 1e15:,.0f}",
-                f"{total / days:,.1f}",
-            )
-        pixels = ", ".join(str(512 * m) for m in seen)
-        print_row(widths, name, pixels, f"{stage.t2md['steps']:,}", f"{sum(seen.values()):,}", *cells)
-        for m, images in seen.items():
-            most[stage.adapted, m] = max(images, most.get((stage.adapted, m), 0))
-    cells = [("", f"{total / 1e15:,.0f}", f"{total / days:,.1f}") for total in totals]
-    print_row(widths, "in all", "", "", "", *cells[0], *cells[1])
-    print_storage(args, stages.values(), patterns[0], most)
-
-
-def print_storage(args, stages, pattern, most):
-    """Disk for the cache (float16) and the checkpoints (float32, with all that a restart needs).
-
-    most: {(with the second VAE and text encoder, multiple of 512 px): images that a stage sees of them}.
-    """
-    latents, text = 2 * 2 * 4 * 64**2, 2 * 4096 * args.caption_tokens  # bytes, of 512 px and of a caption
-    print(
-        f"cache of one VAE and text encoder: images, TB of latents, TB of text ({args.caption_tokens} tokens)"
-    )
-    sizes = {f"a data set of {args.images:,}, 512 px": (args.images, 1)}
-    for (adapted, m), images in most.items():
-        sizes[f"what {'adapt to hires2' if adapted else 'forcing and kd'} see, {512 * m} px"] = images, m
-    for name, (images, m) in sizes.items():
-        print(f"{name:45} {images:>12,} {images * latents * m**2 / 1e12:8.2f} {images * text / 1e12:8.2f}")
-    model = on_meta({}, pattern)
-    weights, total = sum(p.numel() for p in model.parameters()), 0
-    for stage in stages:
-        trained = sum(p.numel() for module in stage.trains(model) for p in module.parameters())
-        total += 4 * (3 * weights + 2 * trained)  # model; network, EMA and AdamW's moments
-    print(f"checkpoints of the stages: {total / 1e9:.0f} GB")
-
-
-# ---------------------------------------------------------------------------------------------------
-# 6. Command line
-# ---------------------------------------------------------------------------------------------------
-
-COMMANDS = {
-    "model": time_model,
-    "scan": time_scan,
-    "forcing": time_training,
-    "kd": time_training,
-    "kernels": check_kernels,
-    "bill": print_bill,
-}
+COMMANDS = dict(model=time_model, scan=time_scan, forcing=time_training, kd=time_training)
+COMMANDS |= dict(kernels=check_kernels, bill=print_bill)
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands, shown = (
-        parser.add_subparsers(dest="command", required=True),
-        argparse.ArgumentDefaultsHelpFormatter,
-    )
-    adds = {}
+    raw, shown = argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser("python -m claims.speed", description=__doc__, formatter_class=raw)
+    commands, adds = parser.add_subparsers(dest="command", required=True), {}
     for name, function in COMMANDS.items():
         command = commands.add_parser(name, description=function.__doc__, formatter_class=shown)
         add = adds[name] = command.add_argument
@@ -605,13 +440,13 @@ def parse_arguments(argv=None):
     return args
 
 
+def run(args):
+    COMMANDS[args.command](args)
+
+
 def main():
-    args = parse_arguments()
     sample.keep_freed_memory(largest=True)
-    try:
-        COMMANDS[args.command](args)
-    except (OSError, ValueError, ArithmeticError) as error:
-        sys.exit(f"claims.speed: {error}")
+    sample.as_command("claims.speed", run, parse_arguments())
 
 
 if __name__ == "__main__":

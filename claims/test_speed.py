@@ -8,7 +8,7 @@ import torch
 import sample
 import t2md
 import train
-from claims import speed
+from claims import counts, speed
 from t2md import T2MD, MambaMixer, predict_noise
 
 D, CAPTION = 1152, 120
@@ -22,12 +22,12 @@ def command(*arguments):
 @pytest.mark.parametrize("side, letter", [(64, "S"), (64, "H"), (128, "W")])
 def test_operations_of_a_block_are_those_counted_by_hand(side, letter):
     """In multiply-adds a token."""
-    tokens, counts = (side // 2) ** 2, {}
+    tokens, totals = (side // 2) ** 2, {}
     for pattern in ("S", "S" + letter):
-        model = speed.on_meta({}, pattern)
+        model = counts.on_meta({}, pattern)
         with torch.no_grad():
-            counts[pattern] = speed.operations(
-                predict_noise, model, *speed.given_on_meta(model, 1, (4, side, side))
+            totals[pattern] = counts.operations(
+                predict_noise, model, *counts.given_on_meta(model, 1, (4, side, side))
             )
     if letter == "S":
         mixer = 4 * D**2 + 2 * tokens * D
@@ -35,41 +35,41 @@ def test_operations_of_a_block_are_those_counted_by_hand(side, letter):
         scan = 64 * 256 + 36 * 64 * (64 + 2 * 256)
         mixer = D * (4 * D + 2 * 256 + 36) + 2 * D**2 + D**2 + 2 * scan
     text = 2 * D**2 + 2 * D**2 * CAPTION / tokens + 2 * D * CAPTION
-    block = (counts["S" + letter] - counts["S"]) / 2 / tokens
+    block = (totals["S" + letter] - totals["S"]) / 2 / tokens
     assert block == pytest.approx(mixer + text + 8 * D**2, rel=0.001 if letter == "S" else 0.01)
 
 
 def test_operations_of_the_model_are_the_sum_of_its_blocks():
     model = sample.freeze(T2MD(pattern="SHWSH", width=288, heads=4), "meta", torch.float32)
     with torch.no_grad():
-        whole = speed.operations(predict_noise, model, *speed.given_on_meta(model, 2, (4, 16, 16)))
-    assert speed.count_step(model, (4, 16, 16), 2) == whole
+        whole = counts.operations(predict_noise, model, *counts.given_on_meta(model, 2, (4, 16, 16)))
+    assert counts.count_step(model, (4, 16, 16), 2) == whole
 
 
 def test_training_counts_what_learns():
     """Activations are computed anew: four forward passes of what learns, three of what is frozen above it."""
     adapt, kd, forcing = (
-        speed.count_training(train.STAGES[name], "SH", 64) for name in ("adapt", "kd", "forcing")
+        counts.count_training(train.STAGES[name], "SH", 64) for name in ("adapt", "kd", "forcing")
     )
-    model = speed.on_meta({}, "SH")
+    model = counts.on_meta({}, "SH")
     with torch.no_grad():
-        forward = speed.operations(predict_noise, model, *speed.given_on_meta(model, 1, (4, 64, 64)))
+        forward = counts.operations(predict_noise, model, *counts.given_on_meta(model, 1, (4, 64, 64)))
     assert adapt == pytest.approx(4 * forward, rel=0.03)
     assert 0.8 * forward < forcing < 2.5 * forward < 3.5 * forward < kd < adapt + forward
 
 
 def test_images_seen_keep_the_shares():
-    seen = speed.images_seen(train.STAGES["hires1"])
+    seen = counts.images_seen(train.STAGES["hires1"])
     assert seen[2] / sum(seen.values()) == pytest.approx(0.8, abs=1e-3)
     assert seen[2] / 64 + seen[1] / 256 == pytest.approx(40_000, abs=1)
-    assert speed.images_seen(train.STAGES["hires2"]) == {4: 20_000 * 16}
+    assert counts.images_seen(train.STAGES["hires2"]) == {4: 20_000 * 16}
 
 
 def test_operations_of_a_call_leave_it_as_it_is():
     mixer, x = MambaMixer("W", 288), torch.randn(1, 64, 288)
     call = functools.partial(mixer, x, (8, 8))
     with torch.no_grad():
-        assert speed.count_call(call) > 2 * 64 * 288**2 and call().device == x.device
+        assert counts.count_call(call) > 2 * 64 * 288**2 and call().device == x.device
 
 
 def test_extra_memory_counts_what_is_held_at_once():
@@ -104,7 +104,7 @@ def test_commands(arguments, words, capsys):
 
 
 def test_bill(monkeypatch, capsys):
-    monkeypatch.setattr(speed, "count_training", lambda stage, pattern, side: 1e12 * len(set(pattern)))
+    monkeypatch.setattr(counts, "count_training", lambda stage, pattern, side: 1e12 * len(set(pattern)))
     command("bill", "--images", "1000", "--utilisation", "0.5")
     printed = capsys.readouterr().out
     assert all(stage in printed for stage in ("forcing", "kd", "adapt", "hires1", "hires2", "in all"))
