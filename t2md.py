@@ -329,9 +329,7 @@ class Mamba2(nn.Module):
             padded = F.pad(xBC, (0, 0, *conv.padding, 0))
             taps = (w * padded[:, k : k + l] for k, w in enumerate(conv.weight[:, 0].unbind(1)))
             return sum(taps, conv.bias).to(xBC.dtype)
-        # as a 2-D one over a line of pixels, channels last, it needs no transposes: 3x faster on a CPU
-        line, weight, padding = xBC.mT[:, :, None], conv.weight[:, :, None], (0, *conv.padding)
-        return F.conv2d(line, weight, conv.bias, padding=padding, groups=conv.groups)[:, :, 0, :l].mT
+        return CausalConv.apply(xBC, conv.weight[:, 0].to(xBC.dtype), conv.bias.to(xBC.dtype))
 
     def scan(self, xBC, dt):
         """Convolution, recurrence: xBC (b, l, conv_width), dt (b, l, n_heads) -> y (b, l, inner)."""
@@ -983,6 +981,32 @@ def decays(s):
     return (s[..., :, None] - s[..., None, :]).clamp_(max=0).exp_()
 
 
+class CausalConv(torch.autograd.Function):
+    """On a CPU: x (b, l, c), weight (c, k), bias (c,) -> y (b, l, c), y_i = bias + sum_j w_j x_{i-k+1+j}.
+    As a 2-D convolution over a line of pixels, channels last, it needs no transposes and takes a third of
+    conv1d's time; its gradient, written out, half of conv2d's."""
+
+    @staticmethod
+    def line(x, weight, bias=None):
+        how = dict(padding=(0, weight.shape[1] - 1), groups=len(weight))
+        return F.conv2d(x.mT[:, :, None], weight[:, None, None], bias, **how)[:, :, 0].mT
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return CausalConv.line(x, weight, bias)[:, : x.shape[1]]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        l, k = x.shape[1], weight.shape[1]
+        dx = CausalConv.line(dy, weight.flip(1))[:, k - 1 :]
+        lags = reversed(range(k))
+        dweight = [(x[:, : max(l - lag, 0)] * dy[:, lag:]).sum((0, 1)) for lag in lags]
+        return dx, torch.stack(dweight, dim=1), dy.sum((0, 1))
+
+
 class ChunkScan(torch.autograd.Function):
     """`ssd` with its heads by group: x (b, l, g, r, p), dt (b, l, g, r), A and D (g, r), B and C (b, l, g,
     n) -> y like x, where r heads share each of the g groups. Goes through the sequence by blocks of k chunks
@@ -1061,7 +1085,7 @@ class ChunkScan(torch.autograd.Function):
         for (xc, dtc, Bc, Cc, yc, dyc), before, after in reversed(list(blocks)):
             u, s, from_start, to_end, G, L = ChunkScan.matrices(xc, dtc, A, Bc, Cc)
             dG = torch.einsum("bkigrp,bkjgrp->bkgrij", dyc, u).mul(L).sum(3).tril_().to(x.dtype)
-            du = torch.einsum("bkgrij,bkigrp->bkjgrp", L.mul_(G).to(x.dtype), dyc)
+            du = torch.einsum("bkgrij,bkigrp->bkjgrp", L.mul_(G).to(x.dtype), dyc).contiguous()
             dB = torch.einsum("bkgij,bkign->bkjgn", dG, Cc)
             dC = torch.einsum("bkgij,bkjgn->bkign", dG, Bc)
             dafter, dbefore = None if dstate is None else dstate[:, None], None
@@ -1076,12 +1100,14 @@ class ChunkScan(torch.autograd.Function):
                 du = torch.addcmul(du, to_end, torch.einsum("bkjgn,bkgrpn->bkjgrp", Bc, dadded))
                 dB = dB + torch.einsum("bkjgrp,bkgrpn->bkjgn", to_end * u, dadded)
             dx, ddt = du * dtc[..., None].to(x.dtype), (du.to(s.dtype) * xc).sum(-1)
+            # s_i scales all that y_i reads (but for D x_i), -s_j all that is read of u_j, s_last the state
+            # after the chunk
+            ds = (dyc.to(s.dtype) * yc).sum(-1) - dtc * ddt
             if D is not None:
                 dx.addcmul_(D.to(x.dtype)[..., None], dyc)
-                dD += (dyc.to(s.dtype) * xc).sum((0, 1, 2, 5))
-            # s_i scales all that y_i reads, -s_j all that is read of u_j (D's share of dy y and dx x
-            # cancels), s_last the state after the chunk
-            ds = (dyc.to(s.dtype) * yc).sum(-1) - (dx.to(s.dtype) * xc).sum(-1)
+                through = (dyc.to(s.dtype) * xc).sum(-1)
+                dD += through.sum((0, 1, 2))
+                ds -= D * through
             if dafter is not None:
                 ds[:, :, -1] += (dafter * after).sum((4, 5))
             ddecay = ds.flip(2).cumsum(2).flip(2)

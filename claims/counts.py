@@ -81,13 +81,15 @@ def print_row(widths, *cells):
     print(" ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)), flush=True)
 
 
-def count_training(stage, pattern, side):
-    """Operations of a training step of a stage with one latent of side x side, at full size."""
+def count_training(stage, pattern, side, config="t2md"):
+    """Operations of a training step of a stage with one latent of side x side, of a model of `config`."""
+    shape, checkpointing = (train.CONFIGS[config].get(name) for name in ("model", "checkpointing"))
+    shape = dict(shape or {}, pos_embed="pixart")
 
     def count(letters):
-        student, teacher = on_meta({}, letters), on_meta(dict(out_channels=8), "S" * len(letters))
+        student, teacher = on_meta(shape, letters), on_meta(shape, "S" * len(letters))
         given = given_on_meta(student, 1, (4, side, side))
-        args = ready(student, stage, True), teacher, given, given[0], torch.Tensor.backward, {}
+        args = ready(student, stage, checkpointing), teacher, given, given[0], torch.Tensor.backward, {}
         return operations(stage.loss, *args, weights=(0.5, 0.2))
 
     return by_letters(count, pattern)

@@ -30,7 +30,7 @@ from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 import sample
 import t2md
 import train
-from claims.counts import count_call, count_step, print_bill, print_row, ready
+from claims.counts import count_call, count_step, count_training, print_bill, print_row, ready
 from t2md import T2MD, VAE, Attention, MambaMixer, TextEncoder, predict_noise, ssd
 
 # what can compute self-attention; flash-attn is a package
@@ -376,7 +376,7 @@ def time_training(args):
     device, stage, config = args.device, train.STAGES[args.command], train.CONFIGS[args.config]
     plan = dict(getattr(stage, args.config))
     images = args.batch_size or plan["batch_size"]
-    print_machine(device, getattr(torch, args.dtype))
+    rate = print_machine(device, getattr(torch, args.dtype))
     student, teacher = training_pair(stage, config, device)
     with tempfile.TemporaryDirectory() as folder:
         shapes = args.config == "shapes"
@@ -390,7 +390,10 @@ def time_training(args):
     print(f"{student.config.pattern}, {images} images of {8 * student.config.sample_size} px, {args.dtype}")
     for name, (median, spread) in times.items():
         print(f"{name:34}{median:9.4f} +- {spread:.4f} s {median / whole:>5.0%}")
+    count = images * count_training(stage, config["pattern"], student.config.sample_size, args.config)
     print(f"{f'a {args.command} step: all but the first two':43}{whole:.4f} s")
+    at_rate = f"its {count / 1e12:.3g} TFLOP at the rate above"
+    print(f"{at_rate:43}{count / rate:.4f} s {count / rate / whole:>12.0%}")
     print(f"peak memory {train.peak_memory(device):.1f} GiB")
 
 

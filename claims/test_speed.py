@@ -58,6 +58,16 @@ def test_training_counts_what_learns():
     assert 0.8 * forward < forcing < 2.5 * forward < 3.5 * forward < kd < adapt + forward
 
 
+@pytest.mark.parametrize("name", train.CHAIN)
+def test_the_plans_time_is_by_count(name):
+    """GFLOP of an image of base size: of a larger one by its area."""
+    stage, pattern = train.STAGES[name], "SSSSSSS" if name == "teacher" else "SHWHWHW"
+    counted = {m: counts.count_training(stage, pattern, 16 * m, "shapes") / m**2 for m in stage.sizes}
+    mean = sum(counted[m] * share * m**2 for m, share in stage.sizes.items())
+    mean /= sum(share * m**2 for m, share in stage.sizes.items())
+    assert train.GFLOP[name] == pytest.approx(mean / 1e9, rel=0.01)
+
+
 def test_images_seen_keep_the_shares():
     seen = counts.images_seen(train.STAGES["hires1"])
     assert seen[2] / sum(seen.values()) == pytest.approx(0.8, abs=1e-3)
