@@ -572,13 +572,13 @@ def matmul_rate(dtype):
 
 
 def time_for(to_do, args):
-    """About how long the plan {name: steps} takes: the shapes world trains at a third of a CPU's rate for
-    matrix products; of anything else nothing is said."""
+    """About how long the plan {name: steps} takes: the shapes world trains at about a fifth of a CPU's rate
+    for matrix products; of anything else nothing is said."""
     if args.config != "shapes" or args.device != "cpu" or not to_do:
         return ""
     images = {name: steps * plan_for(name, args)["batch_size"] for name, steps in to_do.items()}
     count = sum(GFLOP[name.removesuffix("_adapt")] * 1e9 * number for name, number in images.items())
-    return f"; about {3 * count / matmul_rate(torch.float32) / 60:,.0f} minutes on this CPU"
+    return f"; about {5 * count / matmul_rate(torch.float32) / 60:,.0f} minutes on this CPU"
 
 
 def named_part(checkpoint, part):

@@ -35,7 +35,13 @@ def test_evaluate_counts_what_the_detector_sees():
     assert scores.evaluate(images, records) == {**{tag: 0.5 for tag in TAGS}, "overall": 0.5}
 
 
-def test_scores_prints_and_writes(chain, tmp_path, capsys):
+def in_two_steps(monkeypatch):
+    """Pictures are sampled in two steps, not twenty."""
+    monkeypatch.setattr(sample, "generate_all", functools.partial(sample.generate_all, steps=2))
+
+
+def test_scores_prints_and_writes(chain, tmp_path, monkeypatch, capsys):
+    in_two_steps(monkeypatch)
     folders = [os.path.join(chain, stage) for stage in ("teacher", "kd")]
     sizes = ["--zero-shot", "128", "--size", "64", "32"]
     score("--records", "6", "--out", str(tmp_path), *sizes, "--model", *folders)
@@ -70,21 +76,15 @@ def test_relative_errors_on_own_and_on_the_teachers_hidden_states():
     parts = sample.load_parts(teacher, TEACHER)
     errors = scores.relative_errors(student, teacher, *parts, heldout_records(6, 0), 64, 0)
     assert errors["mixers"][0] == errors["forced"][0] > 0.1
-    assert all(
-        own > 1e-3 and forced < 1e-9 for own, forced in zip(errors["mixers"][1:], errors["forced"][1:])
-    )
+    assert min(errors["mixers"][1:]) > 1e-3 and max(errors["forced"][1:]) < 1e-9
 
 
 def test_rows_of_table_1():
     rows = {row.name: row for row in table1.ABLATIONS}
-    patterns = {
-        name: table1.scans("SHWHWHW", row.letters, row.attention) for name, row in rows.items() if row.letters
-    }
-    assert patterns == {
-        "one direction": "Sv>v>v>",
-        "no self-attention": "HWHWHWH",
-        "four-way scan": "S><v^><",
-    }
+    others = [row for row in table1.ABLATIONS if row.letters]
+    patterns = {row.name: table1.scans("SHWHWHW", row.letters, row.attention) for row in others}
+    wanted = {"one direction": "Sv>v>v>", "no self-attention": "HWHWHWH", "four-way scan": "S><v^><"}
+    assert patterns == wanted
     assert table1.scans("SHWHWHW" * 2, "><v^") == "S><v^><Sv^><v^"
     assert all(row.against is None or row.against in rows for row in rows.values())
     for row in rows.values():
@@ -95,7 +95,8 @@ def test_table1_runs_every_row_once(tmp_path, monkeypatch, capsys):
     rows = {row.name: row for row in table1.ABLATIONS}
     four_way = rows["four-way scan"]._replace(paper=0.4, against="from scratch")
     monkeypatch.setattr(table1, "ABLATIONS", [rows["from scratch"], four_way])
-    monkeypatch.setattr(sample, "generate_all", functools.partial(sample.generate_all, steps=2))
+    monkeypatch.setattr(table1, "BASE", 64)
+    in_two_steps(monkeypatch)
     command = ["--steps", "4", "--batch-size", "2", "--records", "6", "--out", str(tmp_path)]
     one = ["--seed", "1", "--seeds", "1"]  # a process may do one seed, another all
     for seeds in (one, ["--seeds", "2"]):
@@ -105,20 +106,14 @@ def test_table1_runs_every_row_once(tmp_path, monkeypatch, capsys):
     steps = {"/".join(path.parts[-3:-1]): len(path.read_text().splitlines()) for path in logs}
     trained = (("from-scratch", "kd", 4), ("four-way-scan", "forcing", 1), ("four-way-scan", "kd", 3))
     assert steps == {f"{row}-{seed}/{stage}": n for seed in range(2) for row, stage, n in trained}
-    configs = [
-        json.loads((tmp_path / "ablate" / row / "kd" / "config.json").read_text())
-        for row in ("four-way-scan-1", "from-scratch-0")
-    ]
-    assert [config["pattern"] for config in configs] == ["S><v^><", "SHWHWHW"]
+    for row, pattern in (("four-way-scan-1", "S><v^><"), ("from-scratch-0", "SHWHWHW")):
+        assert sample.read_json(tmp_path / "ablate" / row / "kd" / "config.json")["pattern"] == pattern
 
-    table1.run(
-        table1.parse_arguments([*command, "--seeds", "2"])
-    )  # all done: the table again, and nothing else
+    # all done: the table again, and nothing else
+    table1.run(table1.parse_arguments([*command, "--seeds", "2"]))
     printed = capsys.readouterr().out
-    assert (
-        "ablate: " not in printed
-        and printed.strip() == (tmp_path / "ablate" / "table.md").read_text().strip()
-    )
+    assert "ablate: " not in printed
+    assert printed.strip() == (tmp_path / "ablate" / "table.md").read_text().strip()
     table = json.loads((tmp_path / "ablate" / "table.json").read_text())
     teacher, scratch = (table[row]["runs"][0] for row in ("teacher", "from scratch"))
     assert teacher["noise"] == 0 and teacher["mixers"] == teacher["forced"] == [0] * 7
@@ -127,11 +122,8 @@ def test_table1_runs_every_row_once(tmp_path, monkeypatch, capsys):
     wins = np.zeros(3, dtype=int)
     for a, b in zip(table["four-way scan"]["runs"], table["from scratch"]["runs"]):
         wins += [a["overall"] > b["overall"], a["noise"] < b["noise"], sum(a["mixers"]) < sum(b["mixers"])]
-    overall, noise, mixers = wins
-    assert (
-        f"| four-way scan | from scratch | {overall} of 2 | {noise} of 2 | {mixers} of 2 | higher |"
-        in printed
-    )
+    cells = " | ".join(f"{count} of 2" for count in wins)
+    assert f"| four-way scan | from scratch | {cells} | higher |" in printed
     with pytest.raises(ValueError, match="steps 4, not 5"):
         table1.run(table1.parse_arguments([*command, "--seeds", "2", "--steps", "5"]))
 
@@ -153,7 +145,8 @@ def test_processes_that_share_an_ablation_write_in_turn(tmp_path):
     assert sample.read_json(tmp_path / "table") == dict(k=199)
 
 
-def test_figures(tmp_path):
+def test_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "heldout_records", lambda count, seed: heldout_records(6, seed))
     ablate = tmp_path / "ablate"
     student = T2MD.from_teacher(sample.load_denoiser(TEACHER), "SHWHWHW")
     student.save_pretrained(ablate / "teacher-forcing-t2md-0" / "forcing")
@@ -172,21 +165,16 @@ def test_curves(tmp_path):
     folders = [tmp_path / name for name in ("long", "short", "empty")]
     for folder, steps in zip(folders, (500, 3, 0)):
         folder.mkdir()
-        entries = [
-            dict(step=k, mse=1 / (k + 1), gradient=float("nan"), skipped=False, seconds=0.1)
-            for k in range(steps)
-        ]
-        lines = [
-            json.dumps(entry | dict(soft=0.0 if k % 2 else 2.0)) + "\n" for k, entry in enumerate(entries)
-        ]
-        (folder / "log.jsonl").write_text("".join(lines) + '{"step": 3, "ms')  # killed while it wrote
+        rest, lines = dict(gradient=float("nan"), skipped=False, seconds=0.1), ""
+        for k in range(steps):
+            lines += json.dumps(dict(step=k, mse=1 / (k + 1), soft=0.0 if k % 2 else 2.0) | rest) + "\n"
+        (folder / "log.jsonl").write_text(lines + '{"step": 3, "ms')  # killed while it wrote
     terms = figures.read_log(folders[0])
     assert terms.keys() == {"mse", "soft"} and terms["soft"] == (list(range(0, 500, 2)), [2.0] * 250)
     figures.run(figures.parse_arguments(["--out", str(tmp_path), "--curves", *map(str, folders)]))
     sheet = np.asarray(Image.open(tmp_path / "curves.png"))
-    assert sheet.shape == (400, 1280, 3) and all(
-        len(np.unique(half)) > 8 for half in np.split(sheet, 2, axis=1)
-    )
+    assert sheet.shape == (400, 1280, 3)
+    assert all(len(np.unique(half)) > 8 for half in np.split(sheet, 2, axis=1))
     with pytest.raises(ValueError, match="no step is logged yet"):
         figures.curves([str(folders[2])])
 
@@ -194,11 +182,12 @@ def test_curves(tmp_path):
 def test_a_chart_shows_its_values(monkeypatch):
     """1, 10 and 100 are evenly spaced on a logarithmic axis; a constant and a single point are drawn too."""
     drawn, line = [], figures.ImageDraw.ImageDraw.line
-    monkeypatch.setattr(
-        figures.ImageDraw.ImageDraw,
-        "line",
-        lambda pen, points, *a, **k: (drawn.append(points), line(pen, points, *a, **k))[1],
-    )
+
+    def spy(pen, points, *rest, **how):
+        drawn.append(points)
+        line(pen, points, *rest, **how)
+
+    monkeypatch.setattr(figures.ImageDraw.ImageDraw, "line", spy)
     figures.chart({"powers": ([0, 1, 2], [1.0, 10.0, 100.0])}, "", log=True)
     (x0, y0), (x1, y1), (x2, y2) = drawn[-1]
     assert x1 - x0 == x2 - x1 > 0 and y1 - y0 == pytest.approx(y2 - y1) and y2 < y0
@@ -224,20 +213,13 @@ def test_one_sentence_for_what_cannot_be_done(tmp_path, monkeypatch, capsys, mod
 @pytest.mark.parametrize("page", ["README.md", "claims/README.md"])
 def test_every_command_on_the_page_is_one(page):
     """Each is parsed by the program it names, not run."""
-    parsers = {
-        "train.py": train,
-        "-m claims.scores": scores,
-        "-m claims.table1": table1,
-        "-m claims.figures": figures,
-        "-m claims.speed": speed,
-    }
+    parsers = {f"-m {module.__name__}": module for module in (scores, table1, figures, speed)}
+    parsers["train.py"] = train
     with open(os.path.join(HERE, page)) as file:
         blocks = re.findall(r"^```\w*\n(.*?)^```", file.read().replace("\\\n", " "), flags=re.S | re.M)
     lines = [re.sub(r"\s#.*", "", line) for line in "".join(blocks).splitlines() if "$" not in line]
-    found = [
-        re.search(r"python (train\.py|-m claims\.(?:scores|table1|figures|speed))([^;&|\"]*)", line)
-        for line in lines
-    ]
+    command = r"python (train\.py|-m claims\.(?:scores|table1|figures|speed))([^;&|\"]*)"
+    found = [re.search(command, line) for line in lines]
     assert any(found)
     for program, arguments in (command.groups() for command in found if command):
         parsers[program].parse_arguments(shlex.split(arguments))
