@@ -949,7 +949,7 @@ def test_the_base_size_is_the_teachers(tmp_path):
 
 
 def test_bfloat16_says_where_it_is_slower(monkeypatch, capsys):
-    clock = iter([0, 1] * 5 + [0, 3] * 5)  # float32 takes a second each, bfloat16 three
+    clock = iter([0, 1] * 10 + [0, 3] * 10)  # float32 takes a second each, bfloat16 three
     monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
     train.say_if_slower()
     assert "multiply 3.0 times slower than in float32" in capsys.readouterr().out
