@@ -5,6 +5,7 @@
     python -m claims.speed forcing    # where the time of a training step goes; or kd
     python -m claims.speed kernels    # errors of every scan that runs here, mamba-ssm's among them
     python -m claims.speed bill       # operations, H100-days and disk of the paper's stages
+    python -m claims.speed card       # all that a GPU has to show, at full size, in about half an hour
 
 Weights are random: time does not depend on them. Ratios are of medians, measured in turn in one run; shares
 of the machine's matmul rate are by the operation counts of claims/counts.py.
@@ -403,6 +404,24 @@ def time_training(args):
 
 COMMANDS = dict(model=time_model, scan=time_scan, forcing=time_training, kd=time_training)
 COMMANDS |= dict(kernels=check_kernels, bill=print_bill)
+FULL = "--dtype bfloat16 --repeats 3"
+MODEL = f"model {FULL} --sizes 512,1024,2048,3840x2160 --steps 1 --kernels 12"
+CARD = ("kernels", MODEL, MODEL + " --compile", f"forcing --config t2md --batch-size 8 {FULL}")
+CARD += (f"kd --config t2md --batch-size 8 {FULL}", MODEL + " --compile --plain")  # --plain is for good
+
+
+def measure_card(args):
+    """Every measurement of a GPU: errors of the kernels, a step of the denoiser eager and compiled, with
+    mamba-ssm's scan and without, a step of forcing and kd. What fails is said, the others go on."""
+    for line in CARD:
+        print(f"\npython -m claims.speed {line}", flush=True)
+        try:
+            run(parse_arguments([*line.split(), "--device", args.device]))
+        except (RuntimeError, ArithmeticError, ValueError) as error:
+            print(f"failed: {error}", flush=True)
+
+
+COMMANDS["card"] = measure_card
 
 
 def parse_arguments(argv=None):
@@ -414,7 +433,7 @@ def parse_arguments(argv=None):
         add = adds[name] = command.add_argument
         if name != "bill":
             add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-        if name not in ("bill", "kernels"):
+        if name not in ("bill", "kernels", "card"):
             add("--repeats", type=int, default=5, help="of each measurement")
         if name in ("model", "forcing", "kd"):
             add("--dtype", default="float32", choices=("float32", "bfloat16"), help="in training by autocast")

@@ -122,6 +122,23 @@ def test_bill(monkeypatch, capsys):
     assert hires2[3] == "320,000" and hires2[5] == f"{3 * 320:,}"
 
 
+def test_card_runs_every_measurement_and_goes_on_after_one_that_fails(monkeypatch, capsys):
+    ran = []
+
+    def measure(args):
+        ran.append((args.command, getattr(args, "config", None), getattr(args, "compile", None), args.device))
+        if args.command == "kernels":
+            raise ArithmeticError("off by 1")
+
+    for name in ("kernels", "model", "forcing", "kd"):
+        monkeypatch.setitem(speed.COMMANDS, name, measure)
+    command("card", "--device", "cpu")
+    of_model = [("model", None, compiled, "cpu") for compiled in (False, True)]
+    training = [(name, "t2md", None, "cpu") for name in ("forcing", "kd")]
+    assert ran == [("kernels", None, None, "cpu"), *of_model, *training, of_model[1]]
+    assert "failed: off by 1" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("works", [True, False])
 def test_kernels(works, monkeypatch, capsys):
     if not works:
