@@ -730,6 +730,16 @@ def teacher_row(name, args, teacher, vae, text_encoder, captions, data, base):
     return row
 
 
+def ready(model, stage, checkpointing):
+    """A model as a stage trains it: what the stage does not train is frozen."""
+    model.requires_grad_(False)
+    for module in stage.trains(model):
+        module.requires_grad_(True)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    return model
+
+
 def networks(name, args, folder):
     """What a stage works with: model, teacher (None if its loss asks none), VAE, TextEncoder; the model's
     config names the latter two, local ones relative to its own `folder`."""
@@ -740,11 +750,7 @@ def networks(name, args, folder):
     for part, path in paths.items():
         model.register_to_config(**{part: os.path.relpath(path, folder) if os.path.isdir(path) else path})
     teacher = sample.load_denoiser(locate("teacher", args)[0], args.device) if stage.asks_teacher else None
-    if config["checkpointing"]:
-        model.enable_gradient_checkpointing()
-    model.requires_grad_(False)
-    for module in stage.trains(model):
-        module.requires_grad_(True)
+    model = ready(model, stage, config["checkpointing"])
     for block in (*model.blocks, *(teacher.blocks if teacher else ())):
         if isinstance(block.mixer, Attention):
             block.mixer.float32 = config["float32_attention"]

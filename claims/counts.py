@@ -67,16 +67,6 @@ def count_call(call):
     return operations(twin(call.func), *map(twin, call.args), **keywords)
 
 
-def ready(model, stage, checkpointing):
-    """A student as a stage trains it."""
-    model.requires_grad_(False)
-    for module in stage.trains(model):
-        module.requires_grad_(True)
-    if checkpointing:
-        model.enable_gradient_checkpointing()
-    return model
-
-
 def print_row(widths, *cells):
     print(" ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)), flush=True)
 
@@ -89,7 +79,7 @@ def count_training(stage, pattern, side, config="t2md"):
     def count(letters):
         student, teacher = on_meta(shape, letters), on_meta(shape, "S" * len(letters))
         given = given_on_meta(student, 1, (4, side, side))
-        args = ready(student, stage, checkpointing), teacher, given, given[0], torch.Tensor.backward, {}
+        args = train.ready(student, stage, checkpointing), teacher, given, given[0], torch.Tensor.backward, {}
         return operations(stage.loss, *args, weights=(0.5, 0.2))
 
     return by_letters(count, pattern)

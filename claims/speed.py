@@ -31,7 +31,7 @@ from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 import sample
 import t2md
 import train
-from claims.counts import count_call, count_step, count_training, print_bill, print_row, ready
+from claims.counts import count_call, count_step, count_training, print_bill, print_row
 from t2md import T2MD, VAE, Attention, MambaMixer, TextEncoder, predict_noise, ssd
 
 # what can compute self-attention; flash-attn is a package
@@ -312,7 +312,7 @@ def training_pair(stage, config, device):
     for block in (*student.blocks, *teacher.blocks):
         if isinstance(block.mixer, Attention):
             block.mixer.float32 = config["float32_attention"]
-    return ready(student, stage, config["checkpointing"]), teacher
+    return train.ready(student, stage, config["checkpointing"]), teacher
 
 
 def shapes_batches(folder, images):
