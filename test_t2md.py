@@ -1078,6 +1078,13 @@ def test_the_chain_trains_what_it_should(chain):
         assert not any(torch.equal(w, exported[before][name]) for name, w in weights[after].items())
 
 
+def test_adapt_keeps_the_teachers_embedding_where_told(chain):
+    for flags, embedding in (([], "centered"), (["--pos-embed", "pixart"], "pixart")):
+        args = train.parse_arguments(["--stage", "adapt", "--out", chain, *flags])
+        assert train.start_model("adapt", args).config.pos_embed == embedding
+        assert train.made_with("adapt", args).get("pos_embed", "centered") == embedding  # no folder has both
+
+
 def test_kd_that_was_cut_off_goes_on(chain, tmp_path):
     """By Ctrl-C here, in the middle of a step; claims/crashes.py has kill -9, and compares all that is left.
     What kd only reads stays as it was; finished, it is not begun again, nor taken for another row's."""

@@ -578,7 +578,7 @@ def time_for(to_do, args):
         return ""
     images = {name: steps * plan_for(name, args)["batch_size"] for name, steps in to_do.items()}
     count = sum(GFLOP[name.removesuffix("_adapt")] * 1e9 * number for name, number in images.items())
-    return f"; about {5 * count / matmul_rate(torch.float32) / 60:,.0f} minutes on this CPU"
+    return f"; about {5 * count / (WORLD * matmul_rate(torch.float32)) / 60:,.0f} minutes on this CPU"
 
 
 def named_part(checkpoint, part):
@@ -604,6 +604,12 @@ def student_shape(args):
     return {name: getattr(args, name) for name in names}
 
 
+def changes(name, args):
+    """The entries of the config of its predecessor's model that a stage replaces."""
+    own = STAGES[name].changes
+    return own | {key: args.pos_embed for key in own if key == "pos_embed" and args.pos_embed}
+
+
 def made_with(name, args):
     """All that the result of a stage depends on, but for the number of steps, which may grow."""
     made = {part: fingerprint(part_for(part, name, args)) for part in PARTS}
@@ -612,6 +618,8 @@ def made_with(name, args):
     made |= dict(data=args.data, seed=args.seed, dtype=args.dtype) | plan_for(name, args)
     if name == "kd":
         made |= dict(init=args.init, soft_weight=args.soft_weight, mixer_weight=args.mixer_weight)
+    if changes(name, args) != STAGES[name].changes:
+        made |= changes(name, args)
     first = starting_point(name, args)
     if first and (os.path.isdir(first) or not os.path.isabs(first)):
         made["starts_from"] = fingerprint(first)
@@ -629,7 +637,7 @@ def shared_with(name, before, args):
 def start_model(name, args):
     """The network that a stage begins with."""
     stage, first = STAGES[name], starting_point(name, args)
-    before = t2md.load_backbone(first, **stage.changes) if first else None
+    before = t2md.load_backbone(first, **changes(name, args)) if first else None
     torch.manual_seed(zlib.crc32(f"{args.seed}/{name}".encode()))
     if before is None:
         return T2MD(pattern="S" * len(args.pattern), pos_embed="pixart", **CONFIGS[args.config]["model"])
@@ -875,6 +883,7 @@ def add_stage_flags(add):
     add("--text-encoder", help="the same for the T5 encoder and its tokenizer")
     add("--init", default="forcing", choices=("scratch", "teacher", "forcing", "llama"),
         help="what kd starts from: nothing, all of the teacher but its mixers, forcing, its attention too")
+    add("--pos-embed", choices=t2md.COORDINATES, help="of adapt, the claim's control: the teacher's, pixart")
     add("--soft-weight", type=float, default=0.5, help="of L_soft in kd (default 0.5; 0 switches it off)")
     add("--mixer-weight", type=float, default=0.2, help="of L_mixer in kd (default 0.2; 0 switches it off)")
 
