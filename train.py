@@ -1,11 +1,11 @@
 """Train T2MD: one script, stages by flag. With no data and no GPU it runs on the embedded world, "shapes".
 
     python train.py --stage kd                      # from the shipped teacher: forcing, if not done, then kd
+    python train.py --stage kd --quick              # the same in three minutes: few pictures, few steps
     python train.py --stage all                     # the whole chain from no weights at all
-    python train.py --stage data --data DIR_OR_TARS # what a data set of images holds, bucket by bucket
 
     stage     starts from   trains                    loss           size (x base)
-    teacher   nothing       VAE, T5, then the DiT     their own      1
+    teacher   nothing       VAE, T5, then the DiT     equation 8     1
     forcing   teacher       Mamba layers              equation 6     1
     kd        forcing       all token mixers          equation 11    1
     adapt     kd            everything                equation 8     1      (new embedding, schedule, VAE, T5)
@@ -16,22 +16,20 @@ Each stage writes OUT/STAGE: config.json and safetensors (EMA weights, what samp
 made_with.json (all that its result depends on; a folder begun with other things is refused),
 training_state.pt (what a restart needs), log.jsonl (a line a step) and pictures, the teacher's above.
 
-Sections: 1 configurations - 2 stages - 3 the loop - 4 from a stage to the loop - 5 command line.
+Sections: 1 configurations - 2 stages - 3 what a stage works with - 4 the loop, what is on disk, the optimiser
+- 5 command line.
 """
 
 import argparse
-import contextlib
 import copy
-import datetime
-import functools
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import sys
 import time
+import types
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -40,620 +38,161 @@ import torch
 import torch.distributed as dist
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
-from PIL import Image
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 import sample
 import t2md
-from data import parts, shapes
+from data import files, parts, shapes
+from data.files import RANK, WORLD
 from data.images import ImageData
-from sample import RANK, WORLD, claim, draw, fingerprint, rank_zero_first
-from t2md import ALWAYS_FLOAT32, T2MD, VAE, Attention, MambaMixer, TextEncoder
-
-HERE = os.path.dirname(os.path.abspath(__file__))
+from data.index import canonical
+from t2md import T2MD, VAE, Attention, MambaMixer, TextEncoder
 
 # ---------------------------------------------------------------------------------------------------
 # 1. Configurations: what all stages of one share
 # ---------------------------------------------------------------------------------------------------
 
-# fmt: off
-# The defaults of a stage:
-#   steps; batch_size: images of base size a step (larger images come in batches smaller by their area)
-#   lr, and new_lr for what learns faster; warmup: steps; decay: share of the steps in which lr falls to zero
-#   clip: gradient norm; muon: for the matrices of the blocks; ema: decay of the averaged weights
-#   timesteps: None is uniform, else mean and deviation of a normal one; snr_weight: see `by_noise`
-#   pictures: of the shapes world, per size; save_every (steps) and save_minutes: whichever comes first
-PIXART = dict(
-    batch_size=256, lr=2e-5, warmup=1000, decay=0.0, betas=(0.9, 0.999), eps=1e-10, weight_decay=0.03,
-    muon=False, clip=0.01, ema=0.9999, timesteps=None, snr_weight=False, save_every=1000, save_minutes=10)
-TOY = dict(
-    batch_size=32, lr=1e-3, warmup=50, decay=0.4, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, muon=True,
-    clip=1.0, ema=0.9999, timesteps=None, snr_weight=False, pictures=20_000, save_every=500, save_minutes=2)
-
 CONFIGS = {
     "shapes": dict(
-        out="runs/shapes", teacher="assets/teacher", pattern="SHWHWHW", checkpointing=False,
-        float32_attention=False, adapt={},  # a second VAE and text encoder of its own
-        model=dict(width=128, heads=4, caption_width=64, d_state=32, head_dim=32, chunk_size=32,
-                   sample_size=16, renoise=600),
-        parts=dict(vae=TOY | dict(steps=2500, batch_size=16, lr=2e-3, decay=0.5, muon=False),
-                   text_encoder=TOY | dict(steps=1500, batch_size=128, lr=2e-3, muon=False))),
-    "t2md": dict(  # the paper's; its optimiser is not given, so PixArt-alpha's own is used
-        out="runs/t2md", teacher="PixArt-alpha/PixArt-XL-2-512x512", pattern="SHWHWHW" * 4,
-        checkpointing=True, float32_attention=True,
-        adapt=dict(vae="stabilityai/sdxl-vae", text_encoder="google/flan-t5-xxl")),
+        out="runs/shapes",
+        teacher=os.path.join(sample.HERE, "assets", "teacher"),
+        pattern="SHWHWHW",
+        checkpointing=False,
+        float32_attention=False,
+        adapt={},  # a second VAE and text encoder of its own, as shipped or from data/parts.py
+        model=dict(  # of a teacher that starts from nothing
+            **dict(width=128, heads=4, caption_width=64, d_state=32, head_dim=32, chunk_size=32),
+            sample_size=16,  # 128 px
+            renoise=600,  # see data/README.md
+            guidance=3.0,  # measured: claims/README.md
+            guidance_interval=400,
+        ),
+    ),
+    "t2md": dict(  # the paper's
+        out="runs/t2md",
+        teacher="PixArt-alpha/PixArt-XL-2-512x512",
+        pattern="SHWHWHW" * 4,
+        checkpointing=True,
+        float32_attention=True,  # as PixArt trains
+        adapt=dict(vae="stabilityai/sdxl-vae", text_encoder="google/flan-t5-xxl"),
+    ),
 }
-# fmt: on
-PARTS = ("vae", "text_encoder")
-STATE = "training_state.pt"
 
+# What a stage is trained with where neither its entry in STAGES nor a flag says otherwise.
+PIXART = dict(  # the paper's optimiser is not given, so PixArt-alpha's own is used
+    batch_size=256,  # images of base size a step, over all processes; larger ones fewer by their area
+    lr=2e-5,  # at its peak
+    new_lr=None,  # of the modules that a stage calls `faster`; None: lr
+    warmup=1000,  # steps
+    decay=0.0,  # share of the steps, the last ones, over which the rate falls to zero
+    adamw=dict(betas=(0.9, 0.999), eps=1e-10),
+    weight_decay=0.03,
+    muon=False,  # Muon for the matrices of the blocks
+    clip=0.01,  # gradient norm
+    ema=0.9999,
+    timesteps=None,  # uniform; else mean and deviation of a normal distribution, cut to [0, 1000)
+    snr_weight=0.0,  # not the paper's: see `noise_weight`
+    sizes={1: 1.0},  # {multiple of the base size: share of the images}
+    sampler={},  # entries of the model's config that its sampler reads
+    examples=4,  # pictures drawn with a checkpoint
+    example_size=512,  # pixels; None: the largest size that the stage trains at
+    save_every=1000,  # steps between checkpoints with pictures
+    save_minutes=10,  # and between others
+)
+SMALL = dict(
+    batch_size=32,
+    lr=1e-3,
+    warmup=50,
+    decay=0.4,  # much of the score is gained while the rate falls
+    adamw=dict(betas=(0.9, 0.99), eps=1e-8),
+    weight_decay=0.0,
+    muon=True,  # learns faster at this size
+    clip=1.0,
+    pictures=20_000,  # of the shapes world, per size
+    examples=12,
+    example_size=None,
+    save_every=500,
+    save_minutes=2,
+)
+SETTINGS = {"t2md": PIXART, "shapes": PIXART | SMALL}
 
 # ---------------------------------------------------------------------------------------------------
 # 2. Stages: one record each; adding or changing one is an edit here
 # ---------------------------------------------------------------------------------------------------
 
 
-def everything(model):
-    return [model]
-
-
-def mamba_mixers(model):
-    return [block.mixer for block in model.blocks if isinstance(block.mixer, MambaMixer)]
-
-
-def token_mixers(model):
-    """Self-attention and Mamba, and what else the teacher does not have."""
+def modules(model, which):
+    """The modules of a model that a stage trains, or that learn faster; the rest is frozen, or slower."""
+    mixers = [block.mixer for block in model.blocks]
     dim = [m for m in model.children() if isinstance(m, (t2md.PaddingTokens, t2md.LocalEnhancement))]
-    return [block.mixer for block in model.blocks] + dim
-
-
-def readers_and_writer(model):
-    """The layers that meet another VAE's latents and another text encoder's features."""
-    return [model.patch_embed, model.caption_projection, model.proj_out]
-
-
-# A loss takes (student, teacher, given = (z_t, t, text, mask), noise, backward, conditions), and as keywords
-# the weights of L_soft and L_mixer and each image's SNR; it calls backward, returns {name: detached term}.
-
-
-def by_forcing(student, teacher, given, noise, backward, conditions, **_):
-    return dict(forcing=t2md.forcing_loss(student, teacher, *given, backward, **conditions))
-
-
-def by_distillation(student, teacher, given, noise, backward, conditions, weights, **_):
-    loss, terms = t2md.kd_loss(student, teacher, *given, noise, *weights, **conditions)
-    backward(loss)
-    return terms
-
-
-def by_noise(student, teacher, given, noise, backward, conditions, snr=None, **_):
-    """Equation 8. snr: None, or not the paper's: (B,), each image's error is then weighed by 1 / sqrt(SNR),
-    cut to [1, 8], without which what is where and which colour is whose is learned last."""
-    predicted = t2md.predict_noise(student, *given, **conditions)
-    loss = t2md.mse_loss(noise, predicted)
-    terms = dict(mse=loss.detach())
-    if snr is not None:
-        root = snr.rsqrt().clamp(1.0, 8.0).sqrt()[:, None, None, None]
-        loss = t2md.mse_loss(root * noise, root * predicted)
-    backward(loss)
-    return terms
+    return dict(
+        nothing=[],
+        everything=[model],
+        mamba=[mixer for mixer in mixers if isinstance(mixer, MambaMixer)],
+        mixers=mixers + dim,  # self-attention and Mamba, and what else the teacher does not have
+        ends=[model.patch_embed, model.caption_projection, model.proj_out],  # they meet another VAE and T5
+    )[which]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage is:
-
-    after: the stage whose model it starts from.  changes: entries of that model's config that it replaces.
-    trains: model -> modules; the rest stays frozen.  faster: model -> modules that learn at new_lr.
-    loss: see above.  asks_teacher: does its loss.  adapted: does it run on the second VAE and text encoder.
-    sizes: {multiple of the base size: share of the images}; it is sampled at the largest.
-    shapes, t2md: its defaults in each configuration, {} where it is not trained.
-    """
-
-    after: str | None
-    trains: callable
-    loss: callable
-    shapes: dict
+    after: str | None  # the stage whose model it starts from
+    trains: str  # see `modules`
+    loss: str  # "noise" is equation 8, "forcing" equation 6, "kd" equation 11
+    shapes: dict  # its settings in each configuration, beside SETTINGS; {} where it is not trained
     t2md: dict
-    faster: callable = lambda model: []
-    changes: dict = field(default_factory=dict)
-    adapted: bool = False
-    asks_teacher: bool = False
-    sizes: dict = field(default_factory=lambda: {1: 1.0})
+    faster: str = "nothing"  # what learns at new_lr
+    changes: dict = field(default_factory=dict)  # entries of its predecessor's config that it replaces
+    swaps: bool = False  # does it bring another VAE and text encoder
 
 
 # fmt: off
 STAGES = {
     "teacher": Stage(
-        after=None, trains=everything, loss=by_noise, t2md={},
-        shapes=TOY | dict(steps=7500, batch_size=64, lr=4e-3, decay=0.6, timesteps=(580, 230),
-                          snr_weight=True)),
+        after=None, trains="everything", loss="noise", t2md={},
+        shapes=dict(steps=7500, batch_size=64, lr=4e-3, decay=0.6, snr_weight=1.0,
+                    timesteps=(580, 230))),  # where layout and binding are decided
     "forcing": Stage(
-        after="teacher", trains=mamba_mixers, loss=by_forcing, asks_teacher=True,
-        shapes=TOY | dict(steps=1200, batch_size=16, lr=2e-2, warmup=10, pictures=5_000),
-        t2md=PIXART | dict(steps=20_000, lr=1e-4, clip=1.0)),
+        after="teacher", trains="mamba", loss="forcing",
+        shapes=dict(steps=1200, batch_size=16, lr=2e-2, warmup=10, pictures=5_000),
+        t2md=dict(steps=20_000, lr=1e-4, clip=1.0)),  # fresh layers: a higher rate, a looser clip
     "kd": Stage(
-        after="forcing", trains=token_mixers, loss=by_distillation, asks_teacher=True, faster=mamba_mixers,
-        shapes=TOY | dict(steps=1100, lr=4e-3, pictures=5_000),
-        t2md=PIXART | dict(steps=180_000, new_lr=1e-4, clip=0.1)),
+        after="forcing", trains="mixers", faster="mamba", loss="kd",
+        shapes=dict(steps=1100, lr=4e-3, pictures=5_000),
+        t2md=dict(steps=180_000, new_lr=1e-4, clip=0.1)),
     "adapt": Stage(
-        after="kd", trains=everything, loss=by_noise, faster=readers_and_writer, adapted=True,
+        after="kd", trains="everything", faster="ends", loss="noise", swaps=True,
         changes=dict(pos_embed="centered", beta_schedule="scaled_linear"),
-        shapes=TOY | dict(steps=6000, new_lr=4e-3, warmup=400, timesteps=(640, 240), snr_weight=True,
-                          pictures=8_000),
-        t2md=PIXART | dict(steps=100_000)),
+        shapes=dict(steps=6000, new_lr=4e-3, snr_weight=0.5, pictures=8_000,
+                    warmup=400,  # what the blocks know survives until the new ends have learned
+                    timesteps=(640, 240),  # the quadratic schedule moves layout to later timesteps
+                    sampler=dict(guidance_interval=700)),
+        t2md=dict(steps=100_000)),
     "hires1": Stage(
-        after="adapt", trains=everything, loss=by_noise, adapted=True, sizes={2: 0.8, 1: 0.2},
-        shapes=TOY | dict(steps=3500, timesteps=(700, 230), pictures=2_500),
-        t2md=PIXART | dict(steps=40_000)),
+        after="adapt", trains="everything", loss="noise",
+        shapes=dict(steps=3500, sizes={2: 0.8, 1: 0.2}, timesteps=(700, 230), pictures=2_500),
+        t2md=dict(steps=40_000, sizes={2: 0.8, 1: 0.2})),  # "the ratio for 1024 data is 80%"
     "hires2": Stage(
-        after="hires1", trains=everything, loss=by_noise, adapted=True, sizes={4: 1.0},
-        shapes=TOY | dict(steps=8000, batch_size=64, timesteps=(800, 200), snr_weight=True,
-                          pictures=2_000),
-        t2md=PIXART | dict(steps=20_000)),
+        after="hires1", trains="everything", loss="noise",
+        shapes=dict(steps=8000, batch_size=64, sizes={4: 1.0}, snr_weight=0.5, timesteps=(800, 200),
+                    pictures=2_000),
+        t2md=dict(steps=20_000, sizes={4: 1.0})),
 }
 # fmt: on
 CHAIN = tuple(STAGES)
+QUICK = dict.fromkeys(("forcing", "kd"), dict(steps=120, pictures=1_000))  # --quick: worse pictures, soon
 
 
-def plan_for(name, args):
-    """A stage's, or a part's, defaults; the command line's are for the stage it names, or for all."""
-    if name in STAGES:
-        plan = dict(getattr(STAGES[name], args.config))
-    else:
-        plan = dict(CONFIGS[args.config]["parts"][name.removesuffix("_adapt")])
+def settings(name, args):
+    """A stage's settings; the command line's are for the stage it names, or for all."""
+    chosen = SETTINGS[args.config] | getattr(STAGES[name], args.config)
+    chosen |= QUICK.get(name, {}) if args.quick else {}
     if args.stage in (name, "all"):
-        for key in ("steps", "batch_size", "lr", "timesteps", "snr_weight"):
-            if getattr(args, key) is not None:
-                plan[key] = getattr(args, key)
-        if args.lr is not None:
-            plan.pop("new_lr", None)
-    for key in ("save_every", "save_minutes"):
-        if getattr(args, key) is not None:
-            plan[key] = getattr(args, key)
-    return plan
-
-
-# ---------------------------------------------------------------------------------------------------
-# 3. The loop, of every network here
-# ---------------------------------------------------------------------------------------------------
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024); agrees with
-    torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), but takes matrices of one shape together, and in
-    float32, where torch's bfloat16 is 15 times slower on many CPUs."""
-
-    def __init__(self, groups, weight_decay=0.0, momentum=0.95):
-        super().__init__(groups, dict(lr=0.0, weight_decay=weight_decay, momentum=momentum))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            shapes = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
-            for shape, matrices in shapes.items():
-                updates = []
-                for p in matrices:
-                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    momentum.lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(momentum, group["momentum"]))  # Nesterov's
-                scale = 0.2 * max(shape) ** 0.5 * group["lr"]
-                for p, update in zip(matrices, orthogonalise(torch.stack(updates))):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
-
-
-def orthogonalise(x, steps=5):
-    """Matrices (k, m, n) -> about U V^T of each singular value decomposition, by Newton-Schulz iteration."""
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.mT if tall else x
-
-
-class Optimizer:
-    """AdamW, and where the plan says so Muon on the matrices of the blocks, as one; with warm-up and decay.
-
-    Weights decay; A_log, D and dt_bias do not (mamba-ssm marks them so), nor do biases, norms and tables.
-    """
-
-    def __init__(self, network, plan, faster=()):
-        fast = {id(p) for module in faster for p in module.parameters()}
-        groups = {}  # (muon, rate, weight decay) -> parameters
-        for name, p in network.named_parameters():
-            if p.requires_grad:
-                matrix = plan["muon"] and "blocks." in name and p.ndim == 2 and "table" not in name
-                rate = plan.get("new_lr", plan["lr"]) if id(p) in fast else plan["lr"]
-                decay = plan["weight_decay"] if p.ndim >= 2 and name.endswith("weight") else 0.0
-                groups.setdefault((matrix, rate, decay), []).append(p)
-        self.parameters = [p for own in groups.values() for p in own]
-        of = {False: [], True: []}
-        for (matrix, rate, decay), own in groups.items():
-            of[matrix].append(dict(params=own, lr=rate, base_lr=rate, weight_decay=decay))
-        self.parts = [torch.optim.AdamW(of[False], betas=plan["betas"], eps=plan["eps"])] if of[False] else []
-        self.parts += [Muon(of[True])] if of[True] else []
-        self.plan = plan
-
-    def step(self, step, skip=False):
-        """One update at the rates of `step`, none if `skip` or if the gradient is not finite; returns its
-        norm before clipping, nan if skipped."""
-        steps, warmup, decay = self.plan["steps"], self.plan["warmup"], self.plan["decay"]
-        factor = min(1.0, (step + 1) / warmup)
-        if decay:
-            factor *= min(1.0, (steps - step) / (decay * steps))
-        sum_over_processes([p.grad for p in self.parameters if p.grad is not None])
-        norm = math.nan if skip else float(torch.nn.utils.clip_grad_norm_(self.parameters, self.plan["clip"]))
-        for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = group["base_lr"] * factor
-            if math.isfinite(norm):
-                part.step()
-            part.zero_grad(set_to_none=True)
-        return norm
-
-    def state_dict(self):
-        return [part.state_dict() for part in self.parts]
-
-    def load_state_dict(self, states):
-        """Take the states over; rates and the like stay the plan's.  Raises ValueError if they do not fit."""
-        for part, state in zip(self.parts, states, strict=True):
-            part.load_state_dict(part.state_dict() | dict(state=state["state"]))
-            for p, own in part.state.items():
-                if not all(torch.is_tensor(value) and value.shape in (p.shape, ()) for value in own.values()):
-                    raise ValueError("the state of another parameter")
-
-
-def sum_over_processes(tensors):
-    """Sum each tensor of a list over all processes, in place. DistributedDataParallel would do it during the
-    backward pass, but knows only of one backward pass a step: forcing has one for each block."""
-    if WORLD > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
-        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(total.view_as(tensor))
-
-
-def gradient_parts(loss_terms, step, images, micro_batch):
-    """Backward passes over a global batch of `images`, each process its share, `micro_batch` at once.
-
-    loss_terms: loss_terms(step, indices, backward) -> {name: detached mean over these indices}; it calls
-        backward on every loss it makes.
-    Returns {name: mean over the global batch}; gradients are the mean's, once summed over processes.
-    Raises ValueError if there are fewer images than processes.
-    """
-    if images < WORLD:
-        raise ValueError(
-            f"a batch of {images} at this size cannot be shared by {WORLD} processes; "
-            "give a larger --batch-size"
-        )
-    own, means = range(RANK, images, WORLD), {}
-    for start in range(0, len(own), micro_batch):
-        indices = own[start : start + micro_batch]
-        share = len(indices) / images
-        terms = loss_terms(step, indices, lambda loss, share=share: loss.backward(loss.new_tensor(share)))
-        for name, term in terms.items():
-            means[name] = means.get(name, 0.0) + share * float(term)
-    return means
-
-
-def save_model(model, folder, dtype=torch.float32):
-    """save_pretrained into a temporary folder, renamed file by file; in `dtype`, but for ALWAYS_FLOAT32."""
-    temporary = folder.rstrip("/") + ".tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        if dtype != torch.float32:
-            model = copy.deepcopy(model)
-            for name, p in model.named_parameters():
-                p.data = p.data if name.endswith(ALWAYS_FLOAT32) else p.data.to(dtype)
-        model.save_pretrained(temporary)
-    except SafetensorError as error:
-        raise OSError(f"{folder} could not be written ({error}); what was there is as it was") from error
-    os.makedirs(folder, exist_ok=True)
-    for name in os.listdir(temporary):
-        os.replace(os.path.join(temporary, name), os.path.join(folder, name))
-    os.rmdir(temporary)
-
-
-@contextlib.contextmanager
-def reading_state(folder, **how):
-    """The training state in `folder`, left as it is.  Raises ValueError for all that is wrong with it."""
-    path = os.path.join(folder, STATE)
-    try:
-        yield torch.load(path, map_location="cpu", weights_only=True, **how)
-    except torch.OutOfMemoryError:  # not the file's fault
-        raise
-    except Exception as error:  # torch raises anything
-        reason = f"is no readable training state ({type(error).__name__})"
-        raise ValueError(f"{path} {reason}; move it away to train this stage again") from error
-
-
-def saved_step(folder):
-    """(steps done, steps planned) of the training in `folder`; (0, None) if there is none.
-
-    Raises ValueError if its training state is not readable.
-    """
-    if not os.path.exists(os.path.join(folder, STATE)):
-        return 0, None
-    with reading_state(folder, mmap=True) as state:
-        return int(state["step"]), int(state["steps"])
-
-
-class Run:
-    """What of a training is on disk, in `folder`: the log, and the state that a restart goes on from."""
-
-    def __init__(self, name, folder, network, optimizer, plan):
-        self.folder, self.steps, self.network, self.optimizer = folder, plan["steps"], network, optimizer
-        self.ema = EMAModel(network.parameters(), decay=plan["ema"])
-        self.start, _ = saved_step(folder)
-        if self.start:
-            with reading_state(folder) as state:
-                if zipfile.ZipFile(os.path.join(folder, STATE)).testzip():  # torch.load asks no check sum
-                    raise ValueError("bytes that are not what was written")
-                network.load_state_dict(state["network"])
-                self.ema.load_state_dict(state["ema"])
-                if [p.shape for p in self.ema.shadow_params] != [p.shape for p in network.parameters()]:
-                    raise ValueError("the averages of another network")
-                self.ema.to(next(network.parameters()).device)
-                optimizer.load_state_dict(state["optimizer"])
-            print(f"{name}: continuing after step {self.start} of {self.steps}")
-        log = os.path.join(folder, "log.jsonl")
-        if not RANK:  # lines of steps that were lost are taken back
-            lines = []
-            if self.start and os.path.exists(log):
-                with open(log, encoding="utf-8", errors="replace") as file:
-                    lines = file.readlines()
-            sample.write_text(log, "".join(lines[: self.start]))
-        self.log = open(os.devnull if RANK else log, "a")
-        self.saved = time.time()
-
-    def write_line(self, **entries):
-        self.log.write(json.dumps(entries) + "\n")
-        self.log.flush()
-
-    def save(self, step, export, show=None):
-        """With the EMA weights in the network: export(folder), show(path of a picture); then the state."""
-        with rank_zero_first():
-            if not RANK:
-                self.ema.store(self.network.parameters())
-                self.ema.copy_to(self.network.parameters())
-                export(self.folder)
-                if show:
-                    show(os.path.join(self.folder, f"step-{step:06d}.png"))
-                self.ema.restore(self.network.parameters())
-                parts = dict(network=self.network, ema=self.ema, optimizer=self.optimizer)
-                state = {name: part.state_dict() for name, part in parts.items()}
-                state |= dict(step=step, steps=self.steps)
-                path = os.path.join(self.folder, STATE)
-                sample.write_atomically(path, functools.partial(torch.save, state))
-        self.saved = time.time()
-
-
-def fit(name, folder, network, loss_terms, export, plan, args, show=None, images=None, faster=()):
-    """The training loop: resumes, logs, keeps an EMA, saves atomically; the first process writes.
-
-    network: what is trained; parameters that require no gradient stay as they are.
-    loss_terms: see `gradient_parts`.  images: images(step), of the global batch; None: the plan's batch_size.
-    export: export(folder) writes the model files.  show: show(path) draws pictures, every save_every steps.
-    faster: the modules that learn at the plan's new_lr.
-    SIGTERM saves after the step it comes in, and exits.
-    Raises FloatingPointError after ten steps in a row whose loss or gradient was not finite.
-    """
-    optimizer = Optimizer(network, plan, faster)
-    run = Run(name, folder, network, optimizer, plan)
-    skipped, stopping = 0, []
-    default = signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
-    steps = range(run.start, plan["steps"])
-    bar = tqdm(steps, name, initial=run.start, total=plan["steps"], mininterval=1, disable=RANK > 0)
-    for step in bar:
-        began = time.time()
-        batch_size = images(step) if images else plan["batch_size"]
-        with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            terms = gradient_parts(loss_terms, step, batch_size, args.micro_batch or batch_size)
-        late = not RANK and began - run.saved > 60 * plan["save_minutes"]
-        shared = torch.tensor([*terms.values(), bool(stopping), late], device=args.device).double()
-        sum_over_processes([shared])
-        *values, told_to_stop, late = shared.tolist()
-        norm = optimizer.step(step, skip=not all(map(math.isfinite, values)))
-        skipped = 0 if math.isfinite(norm) else skipped + 1
-        if skipped == 10:
-            why = f"loss or gradient was not finite ten steps in a row (step {step})"
-            advice = f"the last checkpoint in {folder} is as it was. Try a smaller --lr"
-            raise FloatingPointError(f"{name}: {why}; {advice}")
-        if not skipped:
-            run.ema.step(network.parameters())
-        terms = dict(zip(terms, values), gradient=norm)
-        run.write_line(step=step, **terms, skipped=skipped > 0, seconds=round(time.time() - began, 3))
-        bar.set_postfix({key: f"{value:.4g}" for key, value in terms.items()})
-        regular = (step + 1) % plan["save_every"] == 0 or step + 1 == plan["steps"]
-        if regular or late or told_to_stop:
-            run.save(step + 1, export, show if regular and not told_to_stop else None)
-        if told_to_stop:
-            done = f"saved after step {step + 1}; the same command continues from there"
-            sys.exit(f"{name}: told to stop; {done}")
-    signal.signal(signal.SIGTERM, default)
-
-
-# ---------------------------------------------------------------------------------------------------
-# 4. From a stage to the loop
-# ---------------------------------------------------------------------------------------------------
-
-
-def locate(name, args):
-    """Where the model of a stage, or a part, is or will be: (path, origin); None: trained in OUT."""
-    config, part = CONFIGS[args.config], name.removesuffix("_adapt")
-    own, own_teacher = os.path.join(args.out, name), os.path.isdir(os.path.join(args.out, "teacher"))
-    shipped = os.path.join(HERE, config["teacher"] if name == "teacher" else os.path.join("assets", name))
-    from_nothing = args.config != "shapes" or args.stage == "all" or own_teacher
-    may_be_shipped = not from_nothing and os.path.isdir(shipped)
-    if name == "teacher" and args.stage != "teacher":
-        if args.teacher or args.config != "shapes":
-            return args.teacher or config["teacher"], "given"
-        return (shipped, "shipped") if may_be_shipped else (own, None)
-    if name.endswith("_adapt"):
-        if part in config["adapt"]:
-            return config["adapt"][part], "given"
-        return (shipped, "shipped") if may_be_shipped else (own, None)
-    return own, None
-
-
-def needs(name, args):
-    """What a stage or part cannot begin without."""
-    if name not in STAGES:
-        return []
-    if name == "teacher":
-        return [] if args.teacher else [part for part in PARTS if not getattr(args, part)]
-    first = comes_after(name, args)
-    swaps = STAGES[name].adapted and not STAGES[first].adapted
-    return [first] + ["teacher"] * STAGES[name].asks_teacher + [f"{part}_adapt" for part in PARTS if swaps]
-
-
-def comes_after(name, args):
-    """The stage whose model `name` starts from."""
-    return "teacher" if name == "kd" and args.init != "forcing" else STAGES[name].after
-
-
-def starting_point(name, args):
-    """The folder or repository of the model that a stage starts from; None: from nothing."""
-    return args.teacher if name == "teacher" else locate(comes_after(name, args), args)[0]
-
-
-def work_out(args):
-    """What must run for what --stage names, first things first -> names; printed as a plan.
-
-    Raises ValueError where a finished folder was made with other things than this run's.
-    """
-    states, to_do = {}, {}
-
-    def need(name, asker=None):
-        if name in states:
-            return
-        path, origin = locate(name, args)
-        done, planned = saved_step(path) if origin is None else (0, 0)
-        steps = plan_for(name, args)["steps"] if origin is None else 0
-        if origin is None and (planned is None or done < (planned if asker else steps)):
-            for other in needs(name, args):
-                need(other, name)
-            to_do[name] = steps - done
-            states[name] = f"to do, {steps - done:,} steps"
-        else:
-            states[name] = origin or "finished"
-        if origin is None and done and name in STAGES:
-            claim(path, shared_with(asker, name, args) if asker else made_with(name, args), begun=True)
-
-    trained = [name for name in CHAIN if getattr(STAGES[name], args.config)]
-    if args.stage not in ("all", *trained):
-        start = f"it starts from {CONFIGS[args.config]['teacher']}, or give --teacher"
-        raise ValueError(f"--config {args.config} trains no {args.stage}: {start}")
-    for name in trained if args.stage == "all" else [args.stage]:
-        need(name)
-    print("; ".join(f"{name}: {state}" for name, state in states.items()) + time_for(to_do, args))
-    return list(to_do)
-
-
-# Of a training step of the shapes world, for an image of base size or a caption; as claims/counts.py counts
-GFLOP = dict(vae=1.88, text_encoder=0.006, teacher=0.93, forcing=0.63, kd=1.12, adapt=1.11, hires1=1.06)
-GFLOP["hires2"] = 1.11
-
-
-def matmul_rate(dtype):
-    """Operations a second of 512 x 512 matrices on this CPU, the best of ten."""
-    x, least = torch.ones(512, 512, dtype=dtype), math.inf
-    for _ in range(10):
-        began = time.perf_counter()
-        x @ x
-        least = min(least, time.perf_counter() - began)
-    return 2 * 512**3 / least
-
-
-def time_for(to_do, args):
-    """About how long the plan {name: steps} takes: the shapes world trains at about a fifth of a CPU's rate
-    for matrix products; of anything else nothing is said."""
-    if args.config != "shapes" or args.device != "cpu" or not to_do:
-        return ""
-    images = {name: steps * plan_for(name, args)["batch_size"] for name, steps in to_do.items()}
-    count = sum(GFLOP[name.removesuffix("_adapt")] * 1e9 * number for name, number in images.items())
-    return f"; about {5 * count / (WORLD * matmul_rate(torch.float32)) / 60:,.0f} minutes on this CPU"
-
-
-def named_part(checkpoint, part):
-    """Where the VAE or text encoder is that a checkpoint names; a plain pipeline has its own inside."""
-    return sample.component_path(checkpoint, t2md.read_config(checkpoint).get(part))
-
-
-def part_for(part, name, args):
-    """Where the VAE or text encoder is that a stage trains with."""
-    if args.stage == name and getattr(args, part):
-        return getattr(args, part)
-    if name == "teacher":
-        return named_part(args.teacher, part) if args.teacher else locate(part, args)[0]
-    first = comes_after(name, args)
-    if STAGES[name].adapted and not STAGES[first].adapted:
-        return locate(f"{part}_adapt", args)[0]
-    return named_part(locate(first, args)[0], part)
-
-
-def student_shape(args):
-    """The arguments of T2MD in which a student differs from its teacher."""
-    names = ("pattern", "padding_tokens", "local_enhancement")
-    return {name: getattr(args, name) for name in names}
-
-
-def changes(name, args):
-    """The entries of the config of its predecessor's model that a stage replaces."""
-    own = STAGES[name].changes
-    return own | {key: args.pos_embed for key in own if key == "pos_embed" and args.pos_embed}
-
-
-def made_with(name, args):
-    """All that the result of a stage depends on, but for the number of steps, which may grow."""
-    made = {part: fingerprint(part_for(part, name, args)) for part in PARTS}
-    if STAGES[name].asks_teacher:
-        made = dict(teacher=fingerprint(locate("teacher", args)[0])) | student_shape(args) | made
-    made |= dict(data=args.data, seed=args.seed, dtype=args.dtype) | plan_for(name, args)
-    if name == "kd":
-        made |= dict(init=args.init, soft_weight=args.soft_weight, mixer_weight=args.mixer_weight)
-    if changes(name, args) != STAGES[name].changes:
-        made |= changes(name, args)
-    first = starting_point(name, args)
-    if first and (os.path.isdir(first) or not os.path.isabs(first)):
-        made["starts_from"] = fingerprint(first)
-    return {key: value for key, value in made.items() if key not in ("steps", "save_every", "save_minutes")}
-
-
-def shared_with(name, before, args):
-    """Of `made_with`, what a stage must have in common with the finished one before it."""
-    shared = {"vae", "text_encoder"} if STAGES[name].adapted == STAGES[before].adapted else set()
-    if STAGES[name].asks_teacher and STAGES[before].asks_teacher:
-        shared |= {"teacher", *student_shape(args)}
-    return {key: value for key, value in made_with(name, args).items() if key in shared}
-
-
-def start_model(name, args):
-    """The network that a stage begins with."""
-    stage, first = STAGES[name], starting_point(name, args)
-    before = t2md.load_backbone(first, **changes(name, args)) if first else None
-    torch.manual_seed(zlib.crc32(f"{args.seed}/{name}".encode()))
-    if before is None:
-        return T2MD(pattern="S" * len(args.pattern), pos_embed="pixart", **CONFIGS[args.config]["model"])
-    if name != "teacher" and comes_after(name, args) == "teacher":  # the student's beginning
-        if args.init == "llama" and name == "kd":
-            before = T2MD.from_attention(first, **student_shape(args))
-        else:
-            before = T2MD.from_teacher(before, **student_shape(args))
-        if args.init == "scratch" and name == "kd":
-            before = T2MD(**before.arguments())
-    larger = max(stage.sizes) // max(STAGES[stage.after].sizes) if stage.after else 1
-    if larger > 1:  # it is sampled at that size unless told otherwise, at the same coordinates
-        scale = larger * before.interpolation_scale
-        before.register_to_config(sample_size=larger * before.config.sample_size, interpolation_scale=scale)
-        before.register_to_config(use_additional_conditions=before.conditioned_on_size)
-    return before
+        flags = ("steps", "batch_size", "lr", "timesteps", "snr_weight", "examples", "example_size")
+        chosen |= {key: getattr(args, key) for key in flags if getattr(args, key) is not None}
+        chosen |= dict(new_lr=None) if args.lr is not None else {}
+    saving = ("save_every", "save_minutes")
+    return chosen | {key: getattr(args, key) for key in saving if getattr(args, key) is not None}
 
 
 def noise_schedule(model):
@@ -661,190 +200,446 @@ def noise_schedule(model):
     return DDPMScheduler(1000, beta_start=1e-4, beta_end=2e-2, beta_schedule=model.config.beta_schedule)
 
 
-def stage_terms(
-    name, student, teacher, schedule, batch, backward, signal=None, weights=(0.5, 0.2), **conditions
-):
-    """One step's forward and backward pass on a batch of `ImageData` -> {name: detached term}.
+def noise_weight(schedule, t, amplitude):
+    """What the error of each image in equation 8 is weighed by, (B, 1, 1, 1): 1 / sqrt(SNR), cut to [1, 8].
 
-    signal: None, or how much a picture's features stand out from the noise beside those that `schedule` was
-    made for: a shape of m times the size m times as well, latents of 1/4 of the amplitude 1/4 as well.
-    weights: of L_soft and L_mixer in kd.  conditions: see `sample.size_conditions`.
+    Not the paper's: without it the small teacher learns last what is where and which colour is whose.
+    amplitude: how much a picture's features stand out from the noise, beside latents of deviation 1 at base
+    size: a shape of m times the size m times as well. 0: every image weighs 1.
     """
-    t, noise = batch["t"], batch["noise"]
     alpha_bar = schedule.alphas_cumprod.to(t.device)[t]
-    given = schedule.add_noise(batch["z0"], noise, t), t, batch["text"], batch["mask"]
-    snr = signal and signal**2 * alpha_bar / (1 - alpha_bar)
-    return STAGES[name].loss(student, teacher, given, noise, backward, conditions, weights=weights, snr=snr)
+    snr = amplitude**2 * alpha_bar / (1 - alpha_bar)
+    return (snr.rsqrt().clamp(1.0, 8.0) if amplitude else torch.ones_like(snr))[:, None, None, None]
 
 
-def picture_source(args, pixels, count):
-    """--data; of the shapes world the first process draws `count` pictures, unless they are there."""
-    if args.data != "shapes":
-        return args.data
-    folder = os.path.join(args.out, "pictures", f"{pixels}px-{count}-seed{args.seed}")
-    with rank_zero_first():
-        return shapes.write_shards(folder, pixels, count, args.seed)
+# ---------------------------------------------------------------------------------------------------
+# 3. What a stage works with
+# ---------------------------------------------------------------------------------------------------
 
 
-def open_data(name, args, vae, text_encoder, base):
-    """{multiple of the base size: its ImageData}; the shapes world is always encoded once."""
-    plan, index, cache, data = plan_for(name, args), os.path.join(args.out, "index"), args.cache, {}
-    if args.data == "shapes":
-        cache = cache or os.path.join(args.out, "features_adapt" if STAGES[name].adapted else "features")
-    count = min(plan.get("pictures", 20_000), plan["steps"] * plan["batch_size"])
-    for m in STAGES[name].sizes:
-        source = picture_source(args, m * base, count)
-        data[m] = ImageData(source, m * base, vae, text_encoder, args.seed, index, cache)
-    return data
+def finished(folder):
+    """Is there a model in it that is not half trained?"""
+    state = read_state(folder, mmap=True)
+    there = os.path.exists(os.path.join(folder, "config.json"))
+    return there and (state is None or state["step"] >= state["steps"])
 
 
-def sizes_of_steps(name, args, plan):
-    """For every step: the multiple of the base size that it trains at, how many images that is, and how many
-    steps of that size came before -> three lists.
+def find_teacher(args):
+    """--teacher; else the one in OUT, which --stage all trains; else the configuration's."""
+    here = os.path.join(args.out, "teacher")
+    from_nothing = args.stage == "all" and args.config == "shapes"
+    own = from_nothing or os.path.exists(os.path.join(here, "config.json"))
+    return args.teacher or (here if own else CONFIGS[args.config]["teacher"])
 
-    The shares of a stage are of its images: larger ones come in smaller batches, and so more often.
+
+def before(name, args):
+    """The stage whose model a stage starts from, or None."""
+    return "teacher" if name == "kd" and args.init != "forcing" else STAGES[name].after
+
+
+def stages_to_run(args):
+    """Walk the chain back from what --stage names to what is finished -> names, first ones first."""
+    trained = [name for name in CHAIN if getattr(STAGES[name], args.config)]
+    if args.stage == "all":
+        return [n for n in trained if not finished(os.path.join(args.out, n))]
+    if args.stage not in trained:
+        teacher = CONFIGS[args.config]["teacher"]
+        raise ValueError(f"--config {args.config} starts from {teacher}, it trains no {args.stage}")
+    names = [args.stage]
+    while (name := before(names[0], args)) is not None:
+        folder = find_teacher(args) if name == "teacher" else os.path.join(args.out, name)
+        if folder != os.path.join(args.out, name) or finished(folder):
+            break
+        names.insert(0, name)
+    return names
+
+
+def find_part(part, name, start, args):
+    """Where the VAE or text encoder of a stage is; one of the shapes world that is nowhere yet is trained."""
+    swaps, adapt = STAGES[name].swaps, CONFIGS[args.config]["adapt"]
+    if args.stage in (name, "all") and getattr(args, part):
+        return getattr(args, part)
+    if start and not swaps:
+        return sample.component_path(start, t2md.load_config(start).get(part))
+    if swaps and part in adapt:
+        return adapt[part]
+    part += "_adapt" if swaps else ""
+    here, shipped = os.path.join(args.out, part), os.path.join(sample.HERE, "assets", part)
+    with files.rank_zero_first():
+        if finished(here):
+            return here
+        if start and args.stage != "all":  # only what starts from nothing takes nothing that is shipped
+            return shipped
+        parts.train_part(part, args.seed, here)
+    return here
+
+
+def resolve(name, args):
+    """Find all that a stage needs, whose predecessors are finished -> one record of it:
+
+    name, stage; folder: where it writes; start: the model it starts from, teacher: the one its loss asks (or
+    None), vae, text_encoder: folders or repositories; settings; record: what its result depends on, but for
+    the number of steps, which may grow.
     """
-    sizes = STAGES[name].sizes
-    images = {m: max(1, plan["batch_size"] // m**2) for m in sizes}
-    weights = torch.tensor([share / images[m] for m, share in sizes.items()])
-    multiples, turns, seen = [], [], dict.fromkeys(sizes, 0)
-    for step in range(plan["steps"]):
-        m = list(sizes)[int(torch.multinomial(weights, 1, generator=draw(args.seed, name, step, -1)))]
-        multiples.append(m)
-        turns.append(seen[m])
-        seen[m] += 1
-    return multiples, [images[m] for m in multiples], turns
+    first, start, teacher = before(name, args), args.teacher, None
+    if first is not None:
+        start = find_teacher(args) if first == "teacher" else os.path.join(args.out, first)
+    paths = {part: find_part(part, name, start, args) for part in ("vae", "text_encoder")}
+    chosen = settings(name, args)
+    loose = ("steps", "examples", "example_size", "save_every", "save_minutes")
+    record = {key: value for key, value in chosen.items() if key not in loose}
+    record |= {part: files.fingerprint(path) for part, path in paths.items()}
+    record |= dict(data=canonical(args.data), seed=args.seed, dtype=args.dtype)
+    record["starts_from"] = files.fingerprint(start) if start else None
+    if STAGES[name].loss != "noise":
+        teacher = find_teacher(args)
+        record |= dict(teacher=files.fingerprint(teacher), **student_shape(args))
+    for flag in dict(kd=("init", "soft_weight", "mixer_weight"), adapt=("pos_embed",)).get(name, ()):
+        record[flag] = getattr(args, flag)
+    if first == "forcing":  # of another student or teacher it is no beginning of this kd
+        beginning = os.path.join(args.out, first)
+        shared = {key: record[key] for key in ("teacher", *student_shape(args))}
+        files.claim(beginning, files.read_json(os.path.join(beginning, "made_with.json")) | shared)
+    found = dict(folder=os.path.join(args.out, name), start=start, teacher=teacher, **paths)
+    return types.SimpleNamespace(name=name, stage=STAGES[name], settings=chosen, record=record, **found)
 
 
-def example_captions(args, prompts):
-    """The captions of what is drawn: of --example-prompts, or of the data, the first --examples."""
-    if args.example_prompts:
-        prompts = [record["prompt"] for record in sample.read_prompts(args.example_prompts)]
-    return [prompts[k] for k in range(min(args.examples, len(prompts)))]
+def student_shape(args):
+    """The arguments in which a student differs from its teacher."""
+    return {key: getattr(args, key) for key in ("pattern", "padding_tokens", "local_enhancement")}
 
 
-def teacher_row(name, args, teacher, vae, text_encoder, captions, data, base):
-    """What stands above a student's pictures: its teacher's, kept on disk from forcing on, so that later
-    stages need not load it; above the teacher's own, the pictures that its captions are of."""
-    if name == "teacher":
-        return [data.picture(k)[1] for k in range(len(captions))]
-    row = []
-    for k, caption in enumerate(captions):
-        path = os.path.join(args.out, "teacher_pictures", f"{sample.slug(caption)[:80]}-{args.seed + k}.png")
-        if teacher and not os.path.exists(path):
-            (image,) = sample.generate(teacher, vae, text_encoder, [caption], (base, base), [args.seed + k])
-            sample.write_png(path, image)
-        row.append(Image.open(path) if os.path.exists(path) else Image.new("RGB", (base, base), "white"))
-    return row
+def start_model(job, args):
+    """The network that a stage begins with, on the CPU."""
+    torch.manual_seed(zlib.crc32(f"{args.seed}/{job.name}".encode()))
+    if job.start is None:
+        config = CONFIGS[args.config]["model"]
+        return T2MD(pattern="S" * len(args.pattern), pos_embed="pixart", **config)
+    changes = job.stage.changes
+    if "pos_embed" in changes:
+        changes = changes | dict(pos_embed=args.pos_embed)
+    model = t2md.load_backbone(job.start, **changes)
+    if job.teacher and job.start == job.teacher:  # the student's beginning
+        shape = {key: value for key, value in student_shape(args).items() if value}  # with DiM's or without
+        model = t2md.student_of(model, llama=job.name == "kd" and args.init == "llama", **shape)
+        if job.name == "kd" and args.init == "scratch":
+            model = type(model)(**model.arguments())
+    first = before(job.name, args)
+    model.register_to_config(**job.settings["sampler"])
+    larger = max(job.settings["sizes"]) // max(settings(first, args)["sizes"]) if first else 1
+    if larger > 1:  # it is sampled at that size unless told otherwise, at the same coordinates
+        scale = larger * model.interpolation_scale
+        model.register_to_config(sample_size=larger * model.config.sample_size, interpolation_scale=scale)
+        model.register_to_config(use_additional_conditions=model.conditioned_on_size)
+    return model
 
 
 def ready(model, stage, checkpointing):
     """A model as a stage trains it: what the stage does not train is frozen."""
     model.requires_grad_(False)
-    for module in stage.trains(model):
+    for module in modules(model, stage.trains):
         module.requires_grad_(True)
     if checkpointing:
         model.enable_gradient_checkpointing()
     return model
 
 
-def networks(name, args, folder):
-    """What a stage works with: model, teacher (None if its loss asks none), VAE, TextEncoder; the model's
-    config names the latter two, local ones relative to its own `folder`."""
-    stage, config = STAGES[name], CONFIGS[args.config]
-    paths = {part: part_for(part, name, args) for part in PARTS}
-    vae, text_encoder = VAE(paths["vae"], args.device), TextEncoder(paths["text_encoder"], device=args.device)
-    model = start_model(name, args).to(args.device)
-    for part, path in paths.items():
-        model.register_to_config(**{part: os.path.relpath(path, folder) if os.path.isdir(path) else path})
-    teacher = sample.load_denoiser(locate("teacher", args)[0], args.device) if stage.asks_teacher else None
-    model = ready(model, stage, config["checkpointing"])
+def load_networks(job, args):
+    """(model, teacher or None, VAE, TextEncoder) on the device; the model's config names the latter two,
+    local ones relative to its own folder."""
+    config = CONFIGS[args.config]
+    vae, text_encoder = VAE(job.vae, args.device), TextEncoder(job.text_encoder, device=args.device)
+    model = ready(start_model(job, args).to(args.device), job.stage, config["checkpointing"])
+    for part, path in dict(vae=job.vae, text_encoder=job.text_encoder).items():
+        model.register_to_config(**{part: os.path.relpath(path, job.folder) if os.path.isdir(path) else path})
+    teacher = sample.load_denoiser(job.teacher, args.device) if job.teacher else None
     for block in (*model.blocks, *(teacher.blocks if teacher else ())):
         if isinstance(block.mixer, Attention):
             block.mixer.float32 = config["float32_attention"]
     return model, teacher, vae, text_encoder
 
 
-def train_stage(name, args):
-    """Run or continue one stage whose needs are met."""
-    stage, plan, folder = STAGES[name], plan_for(name, args), locate(name, args)[0]
-    claim(folder, made_with(name, args), begun=saved_step(folder)[0] > 0)
-    model, teacher, vae, text_encoder = networks(name, args, folder)
-    base = model.config.sample_size * vae.factor // max(stage.sizes)
-    data = open_data(name, args, vae, text_encoder, base)
-    smallest = data[min(data)]
-    captions = example_captions(args, smallest.prompts)
-    text_encoder = sample.encode_first(text_encoder, ["", *captions])  # the device's is the data's alone
-    schedule, (multiples, images, turns) = noise_schedule(model), sizes_of_steps(name, args, plan)
-
-    def loss_terms(step, indices, backward):
-        m, generators = multiples[step], [draw(args.seed, name, step, i) for i in indices]
-        batch = data[m].batch(turns[step], indices, images[step], generators, plan["timesteps"])
-        batch = {key: value.to(args.device) for key, value in batch.items()}
-        size = [side * vae.factor for side in batch["z0"].shape[-2:]]
-        conditions = sample.size_conditions(model, *size, len(indices))
-        signal = vae.scale * m if plan["snr_weight"] else None
-        weights = args.soft_weight, args.mixer_weight
-        return stage_terms(name, model, teacher, schedule, batch, backward, signal, weights, **conditions)
-
-    row = [] if RANK else teacher_row(name, args, teacher, vae, text_encoder, captions, smallest, base)
-
-    def show(path):
-        sizes = [(m * base, m * base) for m in sorted(data)]
-        rows = [sample.generate_all(model, vae, text_encoder, captions, size, args.seed) for size in sizes]
-        sample.write_png(path, sample.contact_sheet([row, *rows], base))
-
-    more = dict(show=show if captions else None, images=images.__getitem__, faster=stage.faster(model))
-    fit(name, folder, model, loss_terms, functools.partial(save_model, model), plan, args, **more)
-    for m, source in data.items():
-        if source.skipped:
-            skipped = ", ".join(f"{n} x {why}" for why, n in source.skipped.items())
-            print(f"skipped at {m * base} px: {skipped}")
-    memory, drawn = peak_memory(args.device), os.path.join(folder, f"step-{plan['steps']:06d}.png")
-    print(f"{name}: {plan['steps']} steps done, peak memory {memory:.1f} GiB, the model is in {folder}")
-    if captions:
-        print(f"its pictures, under the teacher's: {drawn}")
+def open_data(job, args, vae, text_encoder, base):
+    """{multiple of the base size: its ImageData}; the shapes world is drawn, and encoded once."""
+    data, cache, config = {}, args.cache, job.settings
+    for m in config["sizes"]:
+        source = args.data
+        if source == "shapes":
+            encoder = "-".join(files.fingerprint(part.source)[:8] for part in (vae, text_encoder))
+            cache = args.cache or os.path.join(args.out, f"features-{encoder}")
+            count = min(config["pictures"], config["steps"] * config["batch_size"])
+            folder = os.path.join(args.out, "pictures", f"{m * base}px-{count}-seed{args.seed}")
+            with files.rank_zero_first():
+                source = shapes.write_shards(folder, m * base, count, args.seed)
+        index = os.path.join(args.out, "index")
+        data[m] = ImageData(source, m * base, vae, text_encoder, args.seed, index, cache)
+    return data
 
 
-def train_part(name, args):
-    """Train a small VAE or text encoder of the shapes world into OUT/name."""
-    folder, plan = locate(name, args)[0], plan_for(name, args)
-    claim(folder, dict(seed=args.seed, dtype=args.dtype), begun=saved_step(folder)[0] > 0)
-    args = argparse.Namespace(**vars(args) | dict(device="cpu"))  # small, and drawn on the CPU
+def batches(job, args, first):
+    """From step `first` on: (multiple of the base size, how many batches of that size came before, images).
 
-    def fit_part(network, loss_terms, export):
-        fit(name, folder, network, loss_terms, export, plan, args)
+    The shares of a stage are of its images: larger ones come in smaller batches, and so more often.
+    """
+    sizes, seen = job.settings["sizes"], {}
+    images = {m: max(1, job.settings["batch_size"] // m**2) for m in sizes}
+    weights = torch.tensor([share / images[m] for m, share in sizes.items()])
+    for step in range(job.settings["steps"]):
+        m = next(iter(sizes))
+        if len(sizes) > 1:
+            generator = files.generator(args.seed, job.name, step, -1)
+            m = list(sizes)[int(torch.multinomial(weights, 1, generator=generator))]
+        if step >= first:
+            yield m, seen.get(m, 0), images[m]
+        seen[m] = seen.get(m, 0) + 1
 
-    parts.train_part(name, args.seed, fit_part, save_model)
+
+def example_painter(job, args, teacher, vae, text_encoder, data, base):
+    """show(model, path): a contact sheet of --examples pictures; above a student's, its teacher's."""
+    prompts, side = data[min(data)].prompts, job.settings["example_size"] or base * max(data)
+    if args.example_prompts:
+        prompts = [record["prompt"] for record in sample.read_prompts(args.example_prompts)]
+    captions = [prompts[k] for k in range(min(job.settings["examples"], len(prompts)))]
+    encoded = sample.encode_first(text_encoder, ["", *captions])  # the device's is the data's alone
+    rows = []
+    if teacher and captions and not RANK:
+        rows = [sample.generate_all(teacher, vae, encoded, captions, (base, base), args.seed)]
+
+    def show(model, path):
+        if captions:
+            frozen = sample.freeze(copy.deepcopy(model), args.device, getattr(torch, args.dtype))
+            images = sample.generate_all(frozen, vae, encoded, captions, (side, side), args.seed, direct=True)
+            files.write_png(path, files.contact_sheet([*rows, images], base))
+
+    return show
 
 
-def peak_memory(device):
-    """GiB that this process has held at once: of the card's memory, or of the machine's."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+# ---------------------------------------------------------------------------------------------------
+# 4. The loop, what is on disk, the optimiser
+# ---------------------------------------------------------------------------------------------------
 
 
-def look_at_data(args):
-    """--stage data: print how many images each bucket of --data has and what was skipped and why, and write
-    OUT/data.png, 24 of them with their captions."""
-    pixels = args.size or {"shapes": 128, "t2md": 512}[args.config]
-    path = os.path.join(args.out, "data.png")
-    index = os.path.join(args.out, "index")
-    data = ImageData(picture_source(args, pixels, 1000), pixels, None, None, args.seed, index)
-    numbers = [k for batch in data.order(0, 1)[:24] for k in batch]
-    found = [data.picture(k) for k in numbers]
-    print(f"{len(data.items)} images in {len(data.buckets)} buckets of about {pixels} x {pixels} px:")
-    for (height, width), members in sorted(data.buckets.items()):
-        print(f"  {width:5} x {height:<5} {len(members):8}")
-    print(f"{sum(data.skipped.values())} skipped")
-    for reason, count in data.skipped.most_common():
-        print(f"  {count:8} {reason}")
-    rows = [found[k : k + 6] for k in range(0, len(found), 6)]
-    captions = [[data.prompts[k] for k, _ in row] for row in rows]
-    sheet = sample.contact_sheet([[image for _, image in row] for row in rows], 192, captions)
-    sample.write_png(path, sheet)
-    print(path)
+def train_stage(job, args):
+    """Run or continue one stage, in the order in which it runs. All processes do; the first one writes."""
+    stage, config, folder, device = job.stage, job.settings, job.folder, args.device
+    files.claim(folder, job.record)
+    if (read_state(folder, mmap=True) or dict(step=0))["step"] >= config["steps"]:
+        return print(f"{job.name}: finished, the model is in {folder}")
+    model, teacher, vae, text_encoder = load_networks(job, args)
+    base = model.config.sample_size * vae.factor // max(config["sizes"])  # pixels
+    data = open_data(job, args, vae, text_encoder, base)
+    show = example_painter(job, args, teacher, vae, text_encoder, data, base)
+    schedule = noise_schedule(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizers = new_optimizers(model, config, modules(model, stage.faster))
+    ema = EMAModel(model.parameters(), decay=config["ema"])
+    first = resume(folder, model, ema, optimizers)
+    log, saved, skipped, told_to_stop = open_log(folder, first), time.time(), 0, []
+    default = signal.signal(signal.SIGTERM, lambda *_: told_to_stop.append(True))
+    rhythm = dict(initial=first, mininterval=1 if sys.stderr.isatty() else 60, disable=RANK > 0)
+    bar = tqdm(batches(job, args, first), job.name, config["steps"], **rhythm)
+    for step, (m, turn, images) in enumerate(bar, first):
+        began, terms = time.time(), {}
+        # 1. This process's share of the batch. All that is random in image i is a function of (seed, stage,
+        # step, i), so it depends neither on restarts nor on how many processes there are.
+        for part in torch.arange(RANK, images, WORLD).split(args.micro_batch or images):
+            generators = [files.generator(args.seed, job.name, step, i) for i in part.tolist()]
+            batch = data[m].batch(turn, part.tolist(), images, generators, config["timesteps"])
+            batch = {key: value.to(device) for key, value in batch.items()}
+            # 2. The forward process (equation 1).
+            noise, t = batch["noise"], batch["t"]
+            z_t = schedule.add_noise(batch["z0"], noise, t)
+            pixels = [side * vae.factor for side in z_t.shape[-2:]]
+            conditions = sample.size_conditions(model, *pixels, len(part))
+            inputs = dict(z_t=z_t, t=t, text=batch["text"], mask=batch["mask"], **conditions)
+            # 3. Teacher, student and loss.
+            with torch.autocast(z_t.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                if stage.loss == "forcing":  # equation 6
+                    loss = t2md.forcing_loss(model, teacher, **inputs)
+                    named = dict(forcing=loss.detach())
+                elif stage.loss == "kd":  # equation 11
+                    weights = dict(soft_weight=args.soft_weight, mixer_weight=args.mixer_weight)
+                    loss, named = t2md.kd_loss(model, teacher, **inputs, noise=noise, **weights)
+                else:  # equation 8
+                    predicted = t2md.predict_noise(model, **inputs)
+                    named = dict(mse=t2md.mse_loss(noise, predicted).detach())
+                    root = noise_weight(schedule, t, m * config["snr_weight"]).sqrt()
+                    loss = t2md.mse_loss(root * noise, root * predicted)
+            # 4. Its gradient: of the mean over the global batch, once all parts and processes are summed.
+            share = len(part) / images
+            (share * loss).backward()
+            terms = {name: terms.get(name, 0.0) + share * value.float() for name, value in named.items()}
+        late = RANK == 0 and began - saved > 60 * config["save_minutes"]
+        flags = (torch.tensor(float(flag), device=device) for flag in (bool(told_to_stop), late))
+        shared = torch.stack([*terms.values(), *flags])
+        sum_over_processes([*(p.grad for p in trained if p.grad is not None), shared])
+        *values, stop, late = shared.tolist()
+        # 5. The step. One whose loss or gradient is not finite is skipped.
+        norm = float(torch.nn.utils.clip_grad_norm_(trained, config["clip"]))
+        rate = set_rates(optimizers, step, config)
+        skipped = 0 if all(map(math.isfinite, (norm, *values))) else skipped + 1
+        if not skipped:
+            for optimizer in optimizers:
+                optimizer.step()
+            ema.step(model.parameters())
+        model.zero_grad(set_to_none=True)
+        if skipped == 10:
+            why = f"loss or gradient was not finite ten steps in a row (step {step})"
+            kept = "the last checkpoint is as it was. Try a smaller --lr"
+            raise FloatingPointError(f"{job.name}: {why}; {kept}")
+        # 6. What is said of it.
+        seconds, terms = round(time.time() - began, 4), dict(zip(terms, values))
+        line = dict(step=step, **terms, gradient=norm, lr=rate, skipped=skipped > 0, seconds=seconds)
+        print(json.dumps(line), file=log, flush=True)
+        loss = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
+        bar.set_postfix_str(
+            f"{loss}, lr {rate:.2g}, {images / max(seconds, 1e-4):.0f} images/s", refresh=False
+        )
+        # 7. The checkpoint; told to stop, the last one.
+        done, regular = step + 1, (step + 1) % config["save_every"] == 0 or step + 1 == config["steps"]
+        if regular or late or stop:
+            paint = show if regular and not stop else None
+            save(folder, model, ema, optimizers, done, config["steps"], paint)
+            saved = time.time()
+        if stop:
+            kept = f"saved after step {done}; the same command continues from there"
+            sys.exit(f"{job.name}: told to stop; {kept}")
+    signal.signal(signal.SIGTERM, default)
+    for m, images in data.items():
+        for reason, count in images.skipped.items():
+            print(f"{job.name}: {count} images skipped at {m * base} px: {reason}")
+    if text_encoder.cut:
+        print(f"{job.name}: {text_encoder.cut} captions were cut to {text_encoder.max_length} tokens")
+    print(f"{job.name}: step {config['steps']} is done, the model and its pictures are in {folder}")
+
+
+def read_state(folder, **kwargs):
+    """The training state in `folder`, or None where there is none.  Raises ValueError if it is damaged."""
+    path = os.path.join(folder, "training_state.pt")
+    if not os.path.exists(path):
+        return None
+    try:
+        if not kwargs and zipfile.ZipFile(path).testzip():  # torch.load asks for no check sum
+            raise ValueError("its bytes are not what was written")
+        return torch.load(path, map_location="cpu", weights_only=True, **kwargs)
+    except Exception as error:  # torch raises anything
+        advice = "move it away to train this stage again"
+        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}); {advice}") from error
+
+
+def save(folder, model, ema, optimizers, step, steps, show):
+    """By the first process: the EMA weights as a model, their pictures, then the state to go on from."""
+    with files.rank_zero_first():
+        if RANK:
+            return
+        ema.store(model.parameters())
+        ema.copy_to(model.parameters())
+        temporary = os.path.join(folder, f".saving-{os.getpid()}")
+        try:
+            model.save_pretrained(temporary)
+            for name in os.listdir(temporary):
+                os.replace(os.path.join(temporary, name), os.path.join(folder, name))
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if show:
+            show(model, os.path.join(folder, f"step-{step:06d}.png"))
+        ema.restore(model.parameters())
+        state = dict(model=model.state_dict(), ema=ema.state_dict(), step=step, steps=steps)
+        state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+        path = os.path.join(folder, "training_state.pt")
+        files.write_atomically(path, lambda temporary: torch.save(state, temporary))
+
+
+def resume(folder, model, ema, optimizers):
+    """Load what `save` wrote, if it is there -> steps done."""
+    state = read_state(folder)
+    if state is None:
+        return 0
+    model.load_state_dict(state["model"])
+    ema.load_state_dict(state["ema"])
+    ema.to(model.device)
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        saved["param_groups"] = optimizer.state_dict()["param_groups"]  # rates are the settings'
+        optimizer.load_state_dict(saved)
+    return state["step"]
+
+
+def open_log(folder, done):
+    """log.jsonl, opened to go on after `done` lines: those of steps that were lost are taken back."""
+    path = os.devnull if RANK else os.path.join(folder, "log.jsonl")
+    if not RANK:
+        lines = open(path, encoding="utf-8", errors="replace").readlines() if os.path.exists(path) else []
+        files.write_text(path, "".join(lines[:done]))
+    return open(path, "a")
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Jordan et al. 2024); agrees with
+    torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), but in float32, where torch's bfloat16 is 15 times
+    slower on many CPUs."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    momentum.lerp_(p.grad, 0.05)
+                    update = orthogonalise(p.grad.lerp(momentum, 0.95))  # Nesterov's
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
+
+
+def orthogonalise(x, steps=5):
+    """A matrix -> about U V^T of its singular value decomposition, by Newton-Schulz iteration."""
+    tall = x.shape[0] > x.shape[1]
+    x = x.mT if tall else x
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def new_optimizers(model, config, faster):
+    """AdamW, and where the settings say so Muon on the matrices of the blocks -> [optimiser].
+
+    Weights decay; A_log, D and dt_bias do not (mamba-ssm marks them so), nor do biases, norms and tables.
+    Each group's base_lr is its rate at the peak.
+    """
+    fast = {id(p) for module in faster for p in module.parameters()}
+    groups = {}  # (muon, rate, weight decay) -> parameters
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            matrix = config["muon"] and "blocks." in name and p.ndim == 2 and "table" not in name
+            rate = config["new_lr"] or config["lr"] if id(p) in fast else config["lr"]
+            decay = config["weight_decay"] if p.ndim >= 2 and name.endswith("weight") else 0.0
+            groups.setdefault((matrix, rate, decay), []).append(p)
+    lists = {False: [], True: []}
+    for (matrix, rate, decay), parameters in groups.items():
+        lists[matrix].append(dict(params=parameters, lr=rate, base_lr=rate, weight_decay=decay))
+    optimizers = [torch.optim.AdamW(lists[False], **config["adamw"])] if lists[False] else []
+    return optimizers + ([Muon(lists[True], {})] if lists[True] else [])
+
+
+def set_rates(optimizers, step, config):
+    """Warm-up, then constant, then down to zero -> the rate of most parameters."""
+    factor = min(1.0, (step + 1) / config["warmup"])
+    if config["decay"]:
+        factor *= min(1.0, (config["steps"] - step) / (config["decay"] * config["steps"]))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+    return config["lr"] * factor
+
+
+def sum_over_processes(tensors):
+    """Sum each tensor of a list over all processes, in place."""
+    if WORLD > 1 and tensors:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(total.view_as(tensor))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -852,114 +647,85 @@ def look_at_data(args):
 # ---------------------------------------------------------------------------------------------------
 
 
-def say_if_slower():
-    """Without instructions for bfloat16 a CPU multiplies its matrices slower than float32's: say so."""
-    ratio = matmul_rate(torch.float32) / matmul_rate(torch.bfloat16)
-    if ratio > 1:
-        print(f"--dtype bfloat16: on this CPU matrices multiply {ratio:.1f} times slower than in float32")
-
-
 def run(args):
     """What --stage names, and first whatever it needs."""
     if WORLD > 1 and not dist.is_initialized():
-        start_processes(args)
-    if args.stage == "data":
-        return look_at_data(args)
-    if args.dtype == "bfloat16" and args.device == "cpu":
-        say_if_slower()
-    for name in work_out(args):
-        (train_stage if name in STAGES else train_part)(name, args)
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        files.start_processes(args.out)
+    names = stages_to_run(args)
+    for name in names:
+        plan = settings(name, args)
+        fewest = max(1, plan["batch_size"] // max(plan["sizes"]) ** 2)
+        if fewest < WORLD:
+            why = f"{fewest} images of its largest size cannot be shared by {WORLD} processes"
+            raise ValueError(f"{name}: {why}; give a larger --batch-size")
+    print(f"{' then '.join(names)}, into {args.out}")
+    print(t2md.kernels_in_use(args.device, getattr(torch, args.dtype)))
+    for name in names:
+        job = resolve(name, args)
+        with files.lock(job.folder):
+            train_stage(job, args)
 
 
 # fmt: off
-def add_stage_flags(add):
-    add("--steps", type=int, help="optimiser steps in all; more than before continues a finished stage")
-    add("--batch-size", type=int, help="images of base size a step, over all processes")
-    add("--micro-batch", type=int, help="images a process takes at once; their gradients add up")
-    add("--lr", type=float, help="peak learning rate")
-    add("--timesteps", type=float, nargs=2, metavar=("MEAN", "DEVIATION"), help="t is normal, not uniform")
-    add("--snr-weight", action=argparse.BooleanOptionalAction, help="weigh errors of eq. 8 by 1 / sqrt(SNR)")
-    add("--vae", help="folder or repository of the VAE (default: its predecessor's)")
-    add("--text-encoder", help="the same for the T5 encoder and its tokenizer")
-    add("--init", default="forcing", choices=("scratch", "teacher", "forcing", "llama"),
-        help="what kd starts from: nothing, all of the teacher but its mixers, forcing, its attention too")
-    add("--pos-embed", choices=t2md.COORDINATES, help="of adapt, the claim's control: the teacher's, pixart")
-    add("--soft-weight", type=float, default=0.5, help="of L_soft in kd (default 0.5; 0 switches it off)")
-    add("--mixer-weight", type=float, default=0.2, help="of L_mixer in kd (default 0.2; 0 switches it off)")
-
-
-def add_flags(add):
-    add("--stage", required=True, choices=(*CHAIN, "all", "data"), help="what to run, after what it needs")
+def parse_arguments(argv=None):
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("--stage", required=True, choices=(*CHAIN, "all"), help="what to run, after what it needs")
     add("--config", default="shapes", choices=CONFIGS, help="the embedded world, or the paper's model")
-    add("--data", default="shapes", help="shapes (default), a folder with metadata.jsonl, or a quoted "
-        "glob of WebDataset tar shards; --stage data shows what is in it")
-    add("--size", type=int, help="of --stage data: base size of the buckets, in pixels")
+    add("--quick", action="store_true", help="forcing and kd of the shapes world in three minutes")
+    add("--data", default="shapes", help="shapes (default), a folder of images or tar shards, or a quoted "
+        "glob of shards; `python -m data.images SOURCE` shows what is in it")
     add("--cache", metavar="DIR", help="encode images and captions once, into DIR, and train from there")
     add("--out", help="folder of all checkpoints, logs and pictures (default: runs/CONFIG)")
     add("--teacher", help="the teacher's folder (default: the one in OUT, else the config's); with --stage "
         "teacher, one to train further")
     add("--pattern", help="the student's mixers, a letter a block: S H W > < v ^ (default: the config's)")
+    add("--init", default="forcing", choices=("scratch", "teacher", "forcing", "llama"),
+        help="what kd starts from: nothing, all of the teacher but its mixers, forcing, its attention too")
+    add("--pos-embed", default="centered", choices=t2md.COORDINATES, help="adapt's (default centered)")
+    add("--soft-weight", type=float, default=0.5, help="of L_soft in kd (default 0.5; 0 switches it off)")
+    add("--mixer-weight", type=float, default=0.2, help="of L_mixer in kd (default 0.2; 0 switches it off)")
     add("--padding-tokens", action="store_true", help="DiM's: 3 learned tokens end every row and column")
     add("--local-enhancement", action="store_true", help="DiM's: 3x3 convolutions around the blocks")
     add("--seed", type=int, default=0, help="of every random draw (default 0)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="bfloat16: by autocast")
-    add("--examples", type=int, default=12, help="pictures drawn at every checkpoint (default 12)")
-    add("--example-prompts", help="a .txt or .jsonl of captions for them (default: the data's first)")
+    add("--micro-batch", type=int, help="images a process takes at once; their gradients add up")
+    add("--example-prompts", help="a .txt or .jsonl of captions for the pictures (default: the data's first)")
     add("--save-every", type=int, help="steps between checkpoints with pictures")
     add("--save-minutes", type=float, help="minutes after which a checkpoint is due in any case")
-# fmt: on
-
-
-def parse_arguments(argv=None):
-    epilog = ["defaults of each stage, by config:"]
-    for config in CONFIGS:
-        for name, stage in STAGES.items():
-            plan = getattr(stage, config)
-            defaults = ", ".join(f"{k} {v}" for k, v in plan.items())
-            epilog += [f"  {config:7} {name:9}{defaults}"] if plan else []
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog="\n".join(epilog), formatter_class=raw)
-    add_flags(parser.add_argument)
-    add_stage_flags(
-        parser.add_argument_group("the stage that --stage names (with all: every one)").add_argument
-    )
+    add("--debug", action="store_true", help="show where an error comes from")
+    add = parser.add_argument_group("of the stage that --stage names (with all: of every one)").add_argument
+    add("--steps", type=int, help="optimiser steps in all; more than before continues a finished stage")
+    add("--batch-size", type=int, help="images of base size a step, over all processes")
+    add("--lr", type=float, help="peak learning rate")
+    add("--timesteps", type=float, nargs=2, metavar=("MEAN", "DEVIATION"), help="t is normal, not uniform")
+    add("--snr-weight", type=float, metavar="A", help="see `noise_weight`; 0: no weights")
+    add("--vae", help="folder or repository of the VAE (default: its predecessor's)")
+    add("--text-encoder", help="the same for the T5 encoder and its tokenizer")
+    add("--examples", type=int, help="pictures drawn at every checkpoint")
+    add("--example-size", type=int, metavar="PX", help="their side")
+    # fmt: on
     args = parser.parse_args(argv)
-    for name in ("steps", "batch_size", "micro_batch", "save_every", "size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.timesteps and not (0 <= args.timesteps[0] < 1000 and 0 < args.timesteps[1] < float("inf")):
-        parser.error("--timesteps must be a mean in [0, 1000) and a positive deviation")
     args.out = args.out or CONFIGS[args.config]["out"]
     args.pattern = args.pattern or CONFIGS[args.config]["pattern"]
+    if set(args.pattern) - {"S", *t2md.SCANS}:
+        parser.error(f"--pattern {args.pattern} must be made of the letters S {' '.join(t2md.SCANS)}")
+    for name in ("steps", "batch_size", "micro_batch", "save_every"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.timesteps and not (0 <= args.timesteps[0] < 1000 and 0 < args.timesteps[1] < math.inf):
+        parser.error("--timesteps must be a mean in [0, 1000) and a positive deviation")
     return args
-
-
-def start_processes(args):
-    """Under torchrun: a device each, and one folder OUT that all of them see, on whichever node they are."""
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
-    # a week: others wait while the first process draws, encodes or saves
-    dist.init_process_group("nccl" if "cuda" in args.device else "gloo", timeout=datetime.timedelta(days=7))
-    mark = os.path.join(args.out, f".shared-{os.environ.get('TORCHELASTIC_RUN_ID', 'run')}")
-    with rank_zero_first():
-        if not RANK:
-            sample.write_text(mark, "")
-    seen = torch.tensor([float(os.path.exists(mark))], device=args.device)
-    dist.all_reduce(seen)
-    if not RANK:
-        os.remove(mark)
-    if int(seen) < WORLD:
-        which = "is not one folder for all processes; on several nodes it must be shared"
-        raise ValueError(f"--out {args.out} {which}")
-    if RANK:
-        sys.stdout = open(os.devnull, "w")
 
 
 def main():
     stopped = "stopped; the same command continues from the last checkpoint"
-    sample.as_command("train.py", run, parse_arguments(), stopped)
+    files.as_command("train.py", run, parse_arguments(), stopped)
 
 
 if __name__ == "__main__":

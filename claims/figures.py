@@ -1,14 +1,15 @@
-"""The paper's claims as pictures: what a mixer sees, how errors grow with depth; and how losses fall.
+"""The paper's claims as pictures, all in OUT.
 
     python -m claims.figures                                        # field.png; depth.png after claims.table1
     python -m claims.figures --curves runs/shapes/kd runs/other/kd  # curves.png: every loss term by step
+    python -m claims.figures --fails                                # fails.png: the first six wrong pictures
+    python -m claims.figures --film "a photo of a red circle and a blue square"  # film.webp
 
-All in OUT. field.png: receptive fields of a model's mixers. depth.png: the mixers' errors by depth with and
-without teacher forcing, and after forcing alone, of the rows that claims.table1 has trained.
+field.png: what the student's mixers see. depth.png: the mixers' errors by depth, of claims.table1's rows with
+and without teacher forcing. film.webp: teacher and student denoise; then the student's picture grows.
 """
 
-import argparse
-import glob
+import functools
 import itertools
 import json
 import os
@@ -19,26 +20,24 @@ from PIL import Image, ImageDraw, ImageOps
 
 import sample
 import train
-from claims.scores import OUT, relative_errors
-from claims.table1 import BASE, FORCED, row_folder, teacher_folder
+from claims.scores import SHIPPED, command_parser
+from claims.table1 import FORCED
+from data import files
 from data.images import to_pixels
-from data.shapes import COLOURS, draw_shapes, heldout_records
-from t2md import predict_noise, read_json
+from data.shapes import COLOURS, detect_shapes, draw_shapes, heldout_records, score_shapes
+from t2md import predict_noise
 
-# the mixers whose receptive field is drawn, where a model has them
-STACKS = ("W", "H", "WH", "S", ">", "<", "v", "^")
+STACKS = ("W", "H", "WH", "S", ">", "<", "v", "^")  # the mixers whose receptive field is drawn
 
 
 def receptive_field(mixers, x, grid):
     """How much each token's input moves the middle token's output through mixers stacked with residuals: the
     norm of the gradient, (H, W), largest 1. x: (B, H * W, d), the mixer inputs of some pictures."""
-    x = x.detach().requires_grad_()
-    h = x
+    h = x = x.detach().requires_grad_()
     for mixer in mixers:
         h = h + mixer(h, grid)
-    middle = grid[0] // 2 * grid[1] + grid[1] // 2
-    out = (h - x)[:, middle]
-    probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+    out = (h - x)[:, grid[0] // 2 * grid[1] + grid[1] // 2]
+    probe = torch.randn(out.shape, generator=files.generator(0, "field", 0, 0)).to(out)
     (gradient,) = torch.autograd.grad((out * probe).sum(), x)
     field = gradient.norm(dim=2).mean(0).reshape(grid)
     return field / field.max()
@@ -46,160 +45,157 @@ def receptive_field(mixers, x, grid):
 
 def field_sheet(model, vae, text_encoder, pixels, seed):
     """The receptive fields of the first mixer of each kind, and of a W followed by an H -> PIL image."""
-    pattern, inputs = model.config.pattern, []
-    records = heldout_records(12, seed)
-    drawn = [(record, pixels, np.random.default_rng([seed, k])) for k, record in enumerate(records)]
-    pictures = [draw_shapes(*picture) for picture in drawn]
+    records, pattern, panels = heldout_records(12, seed), model.config.pattern, {}
+    pictures = [draw_shapes(r, pixels, np.random.default_rng([seed, k])) for k, r in enumerate(records)]
     mean, _ = vae.moments(to_pixels(pictures))
-    noise = torch.cat([sample.noise_for(seed + k, *mean.shape[1:]) for k in range(len(records))])
-    t = torch.full((len(records),), 500, device=mean.device)
-    z_t = train.noise_schedule(model).add_noise(mean, noise.to(mean.device), t)
+    noise = torch.cat([files.noise_for(seed + k, *mean.shape[1:]) for k in range(12)]).to(mean.device)
+    t = torch.full((12,), 500, device=mean.device)
+    z_t = train.noise_schedule(model).add_noise(mean, noise, t)
     text, mask = text_encoder([record["prompt"] for record in records])
-    with torch.no_grad():
-        predict_noise(model, z_t, t, text, mask, lambda n, mixer_input, _: inputs.append(mixer_input))
-    grid, panels = [side // model.config.patch_size for side in mean.shape[2:]], {}
-    for letters in STACKS:
-        if set(letters) <= set(pattern):
-            blocks = [pattern.index(letter) for letter in letters]
-            field = receptive_field([model.blocks[n].mixer for n in blocks], inputs[blocks[0]], grid)
-            shade = 255 * (1 - field.clamp(min=1e-4).log10() / -4)  # four decades, white the largest
-            panel = Image.fromarray(shade.round().byte().cpu().numpy()).resize((188, 188), Image.NEAREST)
-            panels[", then ".join(letters)] = ImageOps.expand(panel.convert("RGB"), 2, "white")
-    return sample.contact_sheet([list(panels.values())], 192, [list(panels)])
+    _, mixers = predict_noise(model, z_t, t, text, mask, return_mixers=True)
+    grid = [side // model.config.patch_size for side in mean.shape[2:]]
+    for letters in (stack for stack in STACKS if set(stack) <= set(pattern)):
+        blocks = [pattern.index(letter) for letter in letters]
+        field = receptive_field([model.blocks[n].mixer for n in blocks], mixers[blocks[0]][0], grid)
+        shade = 255 * (1 - field.clamp(min=1e-4).log10() / -4)  # four decades, white the largest
+        panel = Image.fromarray(shade.round().byte().cpu().numpy()).convert("RGB")
+        panels[", then ".join(letters)] = ImageOps.expand(panel.resize((188, 188), Image.NEAREST), 2, "white")
+    return files.contact_sheet([list(panels.values())], 192, [list(panels)])
 
 
-def depth_lines(args):
-    """{name of a line: each block's error}, of what claims.table1 has trained in OUT."""
-    table, lines = os.path.join(args.out, "ablate", "table.json"), {}
-    rows = read_json(table) if os.path.exists(table) else {}
-    for name, row in (("without", "+ token mixer loss"), ("with", FORCED)):
-        if row in rows:
-            errors = [run["mixers"] for run in rows[row]["runs"]]
-            lines[f"kd, {name} teacher forcing"] = np.mean(errors, axis=0)
-    folders = glob.glob(os.path.join(row_folder(glob.escape(args.out), FORCED, "*"), "forcing"))
-    if folders:
-        teacher = teacher_folder(args)
-        original = sample.load_denoiser(teacher, args.device)
-        parts, records = sample.load_parts(original, teacher, args.device), heldout_records(96, args.seed)
-        students = [sample.load_denoiser(folder, args.device) for folder in folders]
-        errors = [relative_errors(s, original, *parts, records, BASE, args.seed) for s in students]
-        for name, key in (("on its own hidden states", "mixers"), ("on the teacher's", "forced")):
-            lines[f"forcing alone, {name}"] = np.mean([error[key] for error in errors], axis=0)
-    return lines
-
-
-def chart(lines, title, smooth=1, log=False, size=(640, 400)):
-    """Lines {name: (x, y)} -> PIL image with axes and a legend.
-
-    smooth: a line is the running mean over so many points, which lie pale behind it.
-    log: a logarithmic y axis, for what is positive; otherwise it begins at 0.
-    """
-    image, margin, scale = Image.new("RGB", size, "white"), 48, np.log10 if log else np.asarray
-    pen, colours = ImageDraw.Draw(image), dict(zip(lines, itertools.cycle(COLOURS.values())))
+def chart(lines, title, log=False, width=480, height=480, margin=48):
+    """Lines {name: (x, y)} -> PIL image with axes and a legend; y from 0 or, if `log`, logarithmic."""
+    image, scale = Image.new("RGB", (width, height), "white"), np.log10 if log else np.asarray
+    pen = ImageDraw.Draw(image)
     xs, ys = (np.concatenate([line[axis] for line in lines.values()]) for axis in (0, 1))
     left, right, bottom, top = xs.min(), xs.max(), scale(ys.min()) if log else 0.0, scale(ys.max())
 
     def place(x, scaled):
-        across = margin + (np.asarray(x) - left) / max(right - left, 1) * (size[0] - 2 * margin)
-        up = (scaled - bottom) / ((top - bottom) or 1) * (size[1] - 3 * margin)
-        return list(zip(across.tolist(), (size[1] - margin - up).tolist()))
+        across = margin + (np.asarray(x) - left) / max(right - left, 1) * (width - 2 * margin)
+        down = height - margin - (np.asarray(scaled) - bottom) / ((top - bottom) or 1) * (height - 3 * margin)
+        return list(zip(across.tolist(), down.tolist()))
 
-    levels = np.linspace(bottom, top, 5)
-    for level, (x, y) in zip(levels, place([left] * 5, levels)):
-        pen.line([x, y, size[0] - margin, y], fill="lightgrey")
-        pen.text((4, y - 6), f"{10**level if log else level:.2g}", fill="black")
-    stops = np.unique(xs) if len(np.unique(xs)) < 30 else np.linspace(left, right, 5)
-    for stop, (x, y) in zip(stops, place(stops, np.full(len(stops), bottom))):
-        pen.text((x - 3, y + 8), f"{stop:.0f}", fill="black")
-    pen.line([margin, 2 * margin, margin, size[1] - margin, size[0] - margin, size[1] - margin], fill="black")
     pen.text((margin, 8), title, fill="black")
-    if smooth > 1:
-        for name, (x, y) in lines.items():
-            pen.line(place(x, scale(y)), fill=tuple((c + 3 * 255) // 4 for c in colours[name]))
-    for n, (name, line) in enumerate(lines.items()):
-        window = min(smooth, len(line[0]))
-        x, y = (np.convolve(values, np.ones(window) / window, "valid") for values in line)
-        pen.line(place(x, scale(y)), fill=colours[name], width=3)
-        pen.text((margin + 8, 26 + 14 * n), name, fill=colours[name])
+    for level, stop in zip(np.linspace(bottom, top, 7), np.linspace(left, right, 7)):
+        ((x, y),) = place([stop], [level])
+        pen.line([margin, y, width - margin, y], fill="lightgrey")
+        pen.text((4, y - 6), f"{10**level if log else level:.2g}", fill="black")
+        pen.text((x - 3, height - margin + 8), f"{stop:.0f}", fill="black")
+    for n, ((name, (x, y)), colour) in enumerate(zip(lines.items(), itertools.cycle(COLOURS.values()))):
+        pen.line(place(x, scale(y)), fill=colour, width=3)
+        pen.text((margin + 8, 26 + 14 * n), name, fill=colour)
     return image
 
 
-def read_log(folder):
-    """What a training has logged -> {term: (steps, values)}: losses and gradient norms, where positive."""
-    terms = {}
-    path = os.path.join(folder, "log.jsonl")
-    with open(path, encoding="utf-8", errors="replace") as file:
-        lines = [line for line in file if line.endswith("\n")]  # the last may be half written yet
-    for number, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line)
-            step = int(entry["step"])
-        except (ValueError, LookupError, TypeError, RecursionError, OverflowError) as error:
-            raise ValueError(f"{path}, line {number}, is no step of a training") from error
-        for name in entry.keys() - {"step", "seconds", "skipped"}:
-            if isinstance(entry[name], float) and 0 < entry[name] < float("inf"):
-                steps, values = terms.setdefault(name, ([], []))
-                steps.append(step)
-                values.append(entry[name])
-    return terms
-
-
 def curves(folders):
-    """A panel for each term that the trainings in `folders` have logged, a line a training -> PIL image."""
-    logs = {folder: read_log(folder) for folder in folders}
-    panels = []
-    for term in sorted(set().union(*logs.values())):
-        lines = {folder: log[term] for folder, log in logs.items() if term in log}
-        longest = max(len(steps) for steps, _ in lines.values())
-        panels.append(chart(lines, f"{term}, by step", smooth=max(1, longest // 50), log=True))
+    """A panel for each loss term and gradient norm that the trainings in `folders` have logged, a line for
+    each of them: the running mean over a fiftieth of its steps -> PIL image."""
+    panels = {}
+    for folder in folders:
+        with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as file:  # the end may be half written
+            entries = [json.loads(line) for line in file if line.endswith("\n")]
+        for term in set().union(*entries) - {"step", "lr", "skipped", "seconds"}:
+            points = [(e["step"], e[term]) for e in entries if term in e and 0 < e[term] < float("inf")]
+            if points:
+                mean = np.ones(max(1, len(points) // 50)) / max(1, len(points) // 50)
+                panels.setdefault(term, {})[folder] = [np.convolve(v, mean, "valid") for v in zip(*points)]
     if not panels:
         raise ValueError(f"no step is logged yet in {', '.join(folders)}")
-    width, height = panels[0].size
-    sheet = Image.new("RGB", (width * min(2, len(panels)), height * -(-len(panels) // 2)), "white")
-    for n, panel in enumerate(panels):
-        sheet.paste(panel, (n % 2 * width, n // 2 * height))
-    return sheet
+    charts = [chart(panels[term], f"{term}, by step", log=True) for term in sorted(panels)]
+    return files.contact_sheet([charts[k : k + 2] for k in range(0, len(charts), 2)], 480)
 
 
-def save(image, path):
-    sample.write_png(path, image)
-    print(path)
+def depth_chart(table):
+    """Of what claims.table1 has measured -> the mixers' errors by depth, means over seeds, PIL image."""
+    without, forced = (table[row]["runs"] for row in ("+ token mixer loss", FORCED))
+    errors = {
+        "kd, without teacher forcing": [run["mixers"] for run in without],
+        "kd, with teacher forcing": [run["mixers"] for run in forced],
+        "forcing alone, on its hidden states": [run["forcing"]["mixers"] for run in forced],
+        "forcing alone, on the teacher's": [run["forcing"]["forced"] for run in forced],
+    }
+    lines = {name: (range(len(runs[0])), np.mean(runs, axis=0)) for name, runs in errors.items()}
+    return chart(lines, "relative error of each block's mixer output, by depth")
+
+
+def pictures_on_the_way(model, vae, text_encoder, prompt, size, seed):
+    """The pictures that a model predicts, step by step, while `sample.generate` runs, and its result."""
+    alphas_cumprod, pictures = train.noise_schedule(model).alphas_cumprod, []
+
+    def look(_, inputs, output):  # the last row is the caption's, without guidance
+        z_t, noise, alpha_bar = inputs[0][-1:], output[0][-1:, : vae.channels], alphas_cumprod[int(inputs[2])]
+        z_0 = (z_t - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
+        pictures.extend(sample.to_images(vae.decode(z_0)))
+
+    hook = model.register_forward_hook(look)
+    result = sample.generate(model, vae, text_encoder, [prompt], (size, size), [seed])
+    hook.remove()
+    return pictures + result
+
+
+def film_frames(teacher, student, prompt, size, seed):
+    """Teacher and student, each (model, VAE, text encoder), denoise, from the same noise if they begin at one
+    size; then the student's picture grows to size x size pixels, beside a detail of it -> PIL images."""
+    taught = pictures_on_the_way(*teacher, prompt, teacher[0].config.sample_size * teacher[1].factor, seed)
+    pictures = pictures_on_the_way(*student, prompt, size, seed)
+    first = [picture for picture in pictures if picture.width == pictures[0].width]
+    frames = [files.contact_sheet([pair], 320, [("teacher", "student")]) for pair in zip(taught, first)]
+    # the detail is the top of an object, of a circle if there is one
+    x0, y0, x1, _ = min(detect_shapes(first[-1]) or [("", "", (48, 64, 80, 96))])[2]
+    box = (x0 + x1) / 256 - 1 / 24, y0 / 128 - 1 / 24, (x0 + x1) / 256 + 1 / 24, y0 / 128 + 1 / 24
+    for picture in pictures[len(first) :]:
+        pair = picture, picture.crop([round(picture.width * edge) for edge in box])
+        captions = f"student, {picture.width} px", "a twelfth of it"
+        frames.append(files.contact_sheet([pair], 320, [captions]))
+    return frames
+
+
+def fails_sheet(model, vae, text_encoder, pixels, seed):
+    """The first six pictures of held-out records that do not show what was asked for -> PIL image."""
+    wrong = []
+    for k, record in enumerate(heldout_records(552, seed)):
+        (image,) = sample.generate(model, vae, text_encoder, [record["prompt"]], (pixels, pixels), [seed + k])
+        wrong += [] if score_shapes(image, record) else [(image, record["prompt"])]
+        if len(wrong) == 6:
+            break
+    images, captions = zip(*wrong)
+    return files.contact_sheet([images], 192, [captions])
 
 
 def run(args):
+    out = functools.partial(os.path.join, args.out)
     if args.curves:
-        return save(curves(args.curves), os.path.join(args.out, "curves.png"))
-    model = sample.load_denoiser(args.model, args.device)
-    vae, text_encoder = sample.load_parts(model, args.model, args.device)
-    multiple = vae.factor * model.config.patch_size
-    pixels, _ = sample.parse_size(str(args.size or model.config.sample_size * vae.factor), multiple)
-    save(field_sheet(model, vae, text_encoder, pixels, args.seed), os.path.join(args.out, "field.png"))
-    lines = {name: (range(len(errors)), errors) for name, errors in depth_lines(args).items()}
-    if lines:
-        picture = chart(lines, "relative error of each block's mixer output, by depth")
-        save(picture, os.path.join(args.out, "depth.png"))
+        return save(out("curves.png"), curves(args.curves))
+    if args.film:
+        models = [sample.load(folder, args.device).args for folder in args.models]
+        frames = film_frames(*models, args.film, args.size or 2048, args.seed)
+        durations = [120] * (len(frames) - 1) + [3000]  # milliseconds
+        settings = dict(save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=75)
+        return save(out("film.webp"), frames[0], "WEBP", **settings)
+    model, vae, text_encoder = sample.load(args.models[-1], args.device).args
+    inputs = model, vae, text_encoder, args.size or model.config.sample_size * vae.factor, args.seed
+    if args.fails:
+        return save(out("fails.png"), fails_sheet(*inputs))
+    save(out("field.png"), field_sheet(*inputs))
+    table = files.read_json(out("ablate/table.json")) if os.path.exists(out("ablate/table.json")) else {}
+    if FORCED in table:
+        save(out("depth.png"), depth_chart(table))
+
+
+def save(path, image, form="PNG", **settings):
+    files.write_atomically(path, functools.partial(image.save, format=form, **settings))
+    print(path)
 
 
 def parse_arguments(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m claims.figures", description=__doc__, formatter_class=raw)
-    add = parser.add_argument
+    parser, add = command_parser("figures", __doc__)
     add("--curves", nargs="+", metavar="DIR", help="draw the loss terms of these trainings, and nothing else")
-    add("--model", default=sample.SHIPPED, help="for field.png (default: the shipped student)")
-    add("--size", type=int, help="pixels of its pictures (default: the size it was last trained at)")
-    add("--seed", type=int, default=0, help="of records and noise (default 0)")
-    add("--teacher", help="of the rows in OUT (default: as claims.table1's)")
-    add("--out", default=OUT, help="folder that has ablate/ and gets the pictures (default %(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
-    if args.size is not None and args.size < 1:
-        parser.error("--size must be at least 1")
-    return args
-
-
-def main():
-    sample.as_command("claims.figures", run, parse_arguments())
+    add("--film", metavar="PROMPT", help="draw a film of this prompt, and nothing else")
+    add("--fails", action="store_true", help="draw where the student fails, and nothing else")
+    add("--models", nargs=2, metavar=("TEACHER", "STUDENT"), default=SHIPPED[::2], help="two checkpoints")
+    add("--size", type=int, help="pixels (default: of a film 2048, else what the student was trained at)")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    main()
+    files.as_command("claims.figures", run, parse_arguments())

@@ -1,12 +1,18 @@
-"""What the commands must do: count right, run what is missing once, refuse what cannot be compared."""
+"""What the commands must do: count right, run what is missing once, survive kill -9 and damaged files."""
 
 import functools
+import itertools
 import json
 import multiprocessing
 import os
+import random
 import re
+import runpy
 import shlex
-import types
+import shutil
+import signal
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -14,215 +20,327 @@ import torch
 from PIL import Image
 
 import sample
+import t2md
 import train
 from claims import figures, scores, speed, table1
+from data import files
+from data.images import ImageData
 from data.shapes import BACKGROUND, TAGS, draw_shapes, heldout_records
-from t2md import T2MD, MambaMixer
-from test_t2md import HERE, chain, refused
+from test_t2md import HERE, chain
 
-TEACHER = os.path.join(HERE, "assets", "teacher")
 __all__ = ["chain"]  # a fixture, which pytest finds by its name here
+SMEAR = Image.effect_noise((128, 128), 200).convert("RGB")
 
 
-def score(*arguments):
-    scores.run(scores.parse_arguments(list(arguments)))
+def run(module, *arguments):
+    module.run(module.parse_arguments([str(argument) for argument in arguments]))
+
+
+@pytest.fixture
+def two_steps(monkeypatch):
+    """Pictures are sampled in two steps, not twenty."""
+    monkeypatch.setattr(sample, "generate", functools.partial(sample.generate, steps=2))
 
 
 def test_evaluate_counts_what_the_detector_sees():
-    records = heldout_records(12, 0)
-    right = [draw_shapes(record, 128, np.random.default_rng(k)) for k, record in enumerate(records)]
-    images = right[:6] + [Image.new("RGB", (128, 128), BACKGROUND)] * 6
-    assert scores.evaluate(images, records) == {**{tag: 0.5 for tag in TAGS}, "overall": 0.5}
+    records, rng = heldout_records(12, 0), np.random.default_rng(0)
+    images = [draw_shapes(record, 128, rng) for record in records[:6]]
+    images += [Image.new("RGB", (128, 128), BACKGROUND)] * 3 + [SMEAR] * 3
+    assert scores.evaluate(images, records) == dict.fromkeys([*TAGS, "overall"], 0.5) | dict(dirty=0.25)
 
 
-def in_two_steps(monkeypatch):
-    """Pictures are sampled in two steps, not twenty."""
-    monkeypatch.setattr(sample, "generate_all", functools.partial(sample.generate_all, steps=2))
+def test_scores_samples_prints_and_writes(chain, tmp_path, monkeypatch, capsys):
+    """By default with the checkpoint's guidance; with --zero-shot its pictures alone are upscaled."""
+    sampled, kd, image = [], os.path.join(chain, "kd"), Image.new("RGB", (8, 8), BACKGROUND)
 
-
-def test_scores_prints_and_writes(chain, tmp_path, monkeypatch, capsys):
-    in_two_steps(monkeypatch)
-    folders = [os.path.join(chain, stage) for stage in ("teacher", "kd")]
-    sizes = ["--zero-shot", "128", "--size", "64", "32"]
-    score("--records", "6", "--out", str(tmp_path), *sizes, "--model", *folders)
-    written, printed = json.loads((tmp_path / "eval.json").read_text()), capsys.readouterr().out
-    assert Image.open(tmp_path / "eval.png").size == (6 * 128, 5 * 128)
-    assert list(written) == folders
-    assert all(set(own["32"]) == set(own["64"]) == {*TAGS, "overall"} for own in written.values())
-    assert printed.count("\n") == 6 and all(tag in printed for tag in (*TAGS, "overall"))
-
-
-def test_scores_upscales_all_pictures_or_those_of_zero_shot_alone(chain, tmp_path, monkeypatch):
-    sampled = []
-
-    def fake(model, vae, text_encoder, prompts, size, seed, upscale=1, direct=False, renoise=None):
-        sampled.append((*size, upscale))
-        return [Image.new("RGB", (8, 8))] * len(prompts)
+    def fake(model, vae, text_encoder, prompts, size, seed, guidance=None, upscale=1, **settings):
+        sampled.append((*size, guidance, settings.get("guidance_interval"), upscale))
+        return [image] * len(prompts)
 
     monkeypatch.setattr(sample, "generate_all", fake)
-    command = ["--records", "6", "--size", "64", "--upscale", "2", "--model", os.path.join(chain, "kd")]
-    for zero_shot in ([], ["--zero-shot", "256"]):
-        score(*command, "--out", str(tmp_path), *zero_shot)
-    assert sampled == [(64, 64, 2), (64, 64, 1), (256, 256, 2)]
-    sampled.clear()
-    score("--records", "6", "--size", "64x32", "--model", os.path.join(chain, "kd"), "--out", str(tmp_path))
-    assert sampled == [(64, 32, 1)]  # width x height, as in sample.py
+    command = ["--records", 6, "--out", tmp_path, "--model", kd, "--upscale", 2, "--size"]
+    run(scores, *command, "64x32", 128, "--guidance", 1, 2, "--guidance-interval", 500, "--zero-shot", 256)
+    grid = [(*size, guidance, 500, 1) for size in ((64, 32), (128, 128)) for guidance in (1, 2)]
+    assert sampled == [*grid, (256, 256, None, None, 2)]
+    rows, printed = files.read_json(tmp_path / "eval.json"), capsys.readouterr().out
+    assert [(row["size"], row["guidance"]) for row in rows] == [
+        ("64x32", 1),
+        ("64x32", 2),
+        ("128", 1),
+        ("128", 2),
+    ]
+    assert all({*TAGS, "overall", "dirty"} < row.keys() for row in rows) and printed.count("\n") == 6
+    assert Image.open(tmp_path / "eval.png").size == (6 * 128, 5 * 128)
+    run(scores, *command, 64)
+    config = t2md.load_backbone(kd).config
+    assert sampled[-1] == (64, 64, config.guidance, config.guidance_interval, 2)
 
 
-def test_relative_errors_on_own_and_on_the_teachers_hidden_states():
+def test_relative_errors_on_the_students_and_on_the_teachers_hidden_states():
     """The first block's input is the same either way; on the teacher's, no error reaches the next block."""
-    teacher = sample.load_denoiser(TEACHER)
-    student = T2MD.from_teacher(teacher, "HSSSSSS")
-    parts = sample.load_parts(teacher, TEACHER)
+    teacher, *parts = sample.load(os.path.join(HERE, "assets", "teacher")).args
+    student = t2md.student_of(teacher, "HSSSSSS")
     errors = scores.relative_errors(student, teacher, *parts, heldout_records(6, 0), 64, 0)
     assert errors["mixers"][0] == errors["forced"][0] > 0.1
     assert min(errors["mixers"][1:]) > 1e-3 and max(errors["forced"][1:]) < 1e-9
 
 
-def test_rows_of_table_1():
-    rows = {row.name: row for row in table1.ABLATIONS}
-    others = [row for row in table1.ABLATIONS if row.letters]
-    patterns = {row.name: table1.scans("SHWHWHW", row.letters, row.attention) for row in others}
-    wanted = {"one direction": "Sv>v>v>", "no self-attention": "HWHWHWH", "four-way scan": "S><v^><"}
-    assert patterns == wanted
-    assert table1.scans("SHWHWHW" * 2, "><v^") == "S><v^><Sv^><v^"
-    assert all(row.against is None or row.against in rows for row in rows.values())
+def test_table1_runs_every_row_once(tmp_path, monkeypatch, capsys, two_steps):
+    rows = {row.name: row for row in table1.ROWS}
     for row in rows.values():
-        train.parse_arguments(["--stage", "kd", *row.flags])
-
-
-def test_table1_runs_every_row_once(tmp_path, monkeypatch, capsys):
-    rows = {row.name: row for row in table1.ABLATIONS}
-    four_way = rows["four-way scan"]._replace(against="from scratch")
-    monkeypatch.setattr(table1, "ABLATIONS", [rows["from scratch"], four_way])
-    monkeypatch.setitem(table1.PAPER, "four-way scan", (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.35))
+        train.parse_arguments(["--stage", "kd", *row.flags.split()])
+    four_way = rows["four-way scan"]._replace(against="from scratch", paper=(0.12,) * 6 + (0.345,))
+    monkeypatch.setattr(table1, "ROWS", [rows["teacher"], rows["from scratch"], four_way])
     monkeypatch.setattr(table1, "BASE", 64)
-    in_two_steps(monkeypatch)
-    command = ["--steps", "4", "--batch-size", "2", "--records", "6", "--out", str(tmp_path)]
-    one = ["--seed", "1", "--seeds", "1"]  # a process may do one seed, another all
-    for seeds in (one, ["--seeds", "2"]):
-        table1.run(table1.parse_arguments([*command, *seeds]))
+    command = ["--steps", 4, "--batch-size", 2, "--records", 6, "--out", tmp_path]
+    for seeds in (["--seed", 1, "--seeds", 1], ["--seeds", 2]):  # one seed first, then both
+        run(table1, *command, *seeds)
         assert capsys.readouterr().out.count("ablate: ") == 3
     logs = (tmp_path / "ablate").rglob("log.jsonl")
     steps = {"/".join(path.parts[-3:-1]): len(path.read_text().splitlines()) for path in logs}
     trained = (("from-scratch", "kd", 4), ("four-way-scan", "forcing", 1), ("four-way-scan", "kd", 3))
     assert steps == {f"{row}-{seed}/{stage}": n for seed in range(2) for row, stage, n in trained}
-    for row, pattern in (("four-way-scan-1", "S><v^><"), ("from-scratch-0", "SHWHWHW")):
-        assert sample.read_json(tmp_path / "ablate" / row / "kd" / "config.json")["pattern"] == pattern
+    assert t2md.load_backbone(f"{tmp_path}/ablate/four-way-scan-1/kd").config.pattern == "S><v^><"
 
-    # all done: the table again, and nothing else
-    table1.run(table1.parse_arguments([*command, "--seeds", "2"]))
-    printed = capsys.readouterr().out
-    assert "ablate: " not in printed
+    run(table1, *command, "--seeds", 2)  # all done: the table again, and nothing else
+    printed, table = capsys.readouterr().out, files.read_json(tmp_path / "ablate" / "table.json")
     assert printed.strip() == (tmp_path / "ablate" / "table.md").read_text().strip()
-    table = json.loads((tmp_path / "ablate" / "table.json").read_text())
-    teacher, scratch = (table[row]["runs"][0] for row in ("teacher", "from scratch"))
-    assert teacher["noise"] == 0 and teacher["mixers"] == teacher["forced"] == [0] * 7
-    assert scratch["noise"] > 0.1 and len(scratch["mixers"]) == 7
-    assert table["from scratch"]["paper"][-1] == 0.301 and "(0.301)" in printed
-    row = next(line for line in printed.splitlines() if line.startswith("| four-way scan"))
-    assert [cell[-7:-1] for cell in row.split("|")[2:8]] == [f"({k / 10:.2f})" for k in range(1, 7)]
+    teacher, scratch, forced = (table[name]["runs"] for name in table)
+    assert teacher[0]["noise"] == 0 and teacher[0]["mixers"] == teacher[0]["forced"] == [0] * 7
+    assert scratch[0]["noise"] > 0.1 and forced[0]["forcing"]["mixers"] != forced[0]["mixers"]
+    assert printed.count("(0.12)") == 6 and printed.count("(0.345)") == printed.count("(0.301)") == 1
     wins = np.zeros(3, dtype=int)
-    for a, b in zip(table["four-way scan"]["runs"], table["from scratch"]["runs"]):
+    for a, b in zip(forced, scratch):
         wins += [a["overall"] > b["overall"], a["noise"] < b["noise"], sum(a["mixers"]) < sum(b["mixers"])]
     cells = " | ".join(f"{count} of 2" for count in wins)
     assert f"| four-way scan | from scratch | {cells} | higher |" in printed
     with pytest.raises(ValueError, match="steps 4, not 5"):
-        table1.run(table1.parse_arguments([*command, "--seeds", "2", "--steps", "5"]))
+        run(table1, *command, "--seeds", 2, "--steps", 5)
 
 
-def write_often(folder):
-    for k in range(200):
-        with table1.one_at_a_time(folder):
-            sample.write_json(os.path.join(folder, "table"), dict(k=k))
-
-
-def test_processes_that_share_an_ablation_write_in_turn(tmp_path):
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=write_often, args=(str(tmp_path),)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0]
-    assert sample.read_json(tmp_path / "table") == dict(k=199)
-
-
-def test_figures(tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "heldout_records", lambda count, seed: heldout_records(6, seed))
-    ablate = tmp_path / "ablate"
-    student = T2MD.from_teacher(sample.load_denoiser(TEACHER), "SHWHWHW")
-    student.save_pretrained(ablate / "teacher-forcing-t2md-0" / "forcing")
-    runs = {name: {"runs": [{"mixers": [0.1, 0.2, top]}, {"mixers": [0.1, 0.3, top]}]} for name, top in
-            (("+ token mixer loss", 0.5), ("+ teacher forcing: T2MD", 0.2))}  # fmt: skip
-    (ablate / "table.json").write_text(json.dumps(runs))
-    figures.run(figures.parse_arguments(["--out", str(tmp_path), "--size", "64"]))
+def test_field_and_depth(tmp_path):
+    errors = dict(mixers=[0.1, 0.2, 0.5], forced=[0.1, 0.1, 0.2])
+    runs = dict(runs=[errors | dict(forcing=errors)] * 2)
+    table = {"+ token mixer loss": runs, figures.FORCED: runs}
+    files.write_json(str(tmp_path / "ablate" / "table.json"), table)
+    run(figures, "--out", tmp_path, "--size", 64)
     for name in ("field.png", "depth.png"):
         assert len(np.unique(np.asarray(Image.open(tmp_path / name)))) > 8
-    mixer, x = MambaMixer(">", 48, d_state=8, head_dim=16), torch.randn(2, 6 * 10, 48)
+    mixer, x = t2md.MambaMixer(">", 48, d_state=8, head_dim=16), torch.randn(2, 6 * 10, 48)
     field = figures.receptive_field([mixer], x, (6, 10)).flatten()
     assert (field[3 * 10 + 5 + 1 :] == 0).all() and (field[: 3 * 10 + 5 + 1] > 0).all() and field.max() == 1
 
 
 def test_curves(tmp_path):
-    folders = [tmp_path / name for name in ("long", "short", "empty")]
+    folders = [str(tmp_path / name) for name in ("long", "short", "empty")]
     for folder, steps in zip(folders, (500, 3, 0)):
-        folder.mkdir()
-        rest, lines = dict(gradient=float("nan"), skipped=False, seconds=0.1), ""
+        rest, lines = dict(gradient=float("nan"), lr=0.1, skipped=False, seconds=0.1), ""
         for k in range(steps):
             lines += json.dumps(dict(step=k, mse=1 / (k + 1), soft=0.0 if k % 2 else 2.0) | rest) + "\n"
-        (folder / "log.jsonl").write_text(lines + '{"step": 3, "ms')  # killed while it wrote
-    terms = figures.read_log(folders[0])
-    assert terms.keys() == {"mse", "soft"} and terms["soft"] == (list(range(0, 500, 2)), [2.0] * 250)
-    figures.run(figures.parse_arguments(["--out", str(tmp_path), "--curves", *map(str, folders)]))
+        files.write_text(f"{folder}/log.jsonl", lines + '{"step": 3, "ms')  # killed while it wrote
+    run(figures, "--out", tmp_path, "--curves", *folders)
     sheet = np.asarray(Image.open(tmp_path / "curves.png"))
-    assert sheet.shape == (400, 1280, 3)
+    assert sheet.shape == (480, 960, 3)  # mse and soft
     assert all(len(np.unique(half)) > 8 for half in np.split(sheet, 2, axis=1))
     with pytest.raises(ValueError, match="no step is logged yet"):
-        figures.curves([str(folders[2])])
+        figures.curves(folders[2:])
 
 
 def test_a_chart_shows_its_values(monkeypatch):
     """1, 10 and 100 are evenly spaced on a logarithmic axis; a constant and a single point are drawn too."""
     drawn, line = [], figures.ImageDraw.ImageDraw.line
 
-    def spy(pen, points, *rest, **how):
+    def spy(pen, points, *args, **kwargs):
         drawn.append(points)
-        line(pen, points, *rest, **how)
+        line(pen, points, *args, **kwargs)
 
     monkeypatch.setattr(figures.ImageDraw.ImageDraw, "line", spy)
     figures.chart({"powers": ([0, 1, 2], [1.0, 10.0, 100.0])}, "", log=True)
     (x0, y0), (x1, y1), (x2, y2) = drawn[-1]
     assert x1 - x0 == x2 - x1 > 0 and y1 - y0 == pytest.approx(y2 - y1) and y2 < y0
-    for lines in ({"flat": ([0, 1], [1.0, 1.0])}, {"point": ([7], [0.5])}):
-        figures.chart(lines, "", log=True, smooth=2)
-        figures.chart(lines, "")
+    for flat in (([0, 1], [1.0, 1.0]), ([7], [0.5])):
+        figures.chart({"flat": flat}, "", log=True)
 
 
-@pytest.mark.parametrize("module, arguments, words", [
-    (scores, ["--records", "0"], ["--records", "at least 1"]),
-    (scores, ["--model", "nowhere"], ["claims.scores:", "nowhere"]),
-    (table1, ["--steps", "3"], ["--steps", "at least 4"]),
-    (figures, ["--curves", "nowhere"], ["claims.figures:", "nowhere"]),
+def test_film_and_fails(chain, tmp_path, two_steps):
+    """The pictures on the way end, without guidance, in what is sampled; the film grows."""
+    folders = [os.path.join(chain, stage) for stage in ("teacher", "kd")]
+    student = sample.load(folders[1]).args
+    student[0].register_to_config(guidance=1.0)
+    *_, predicted, result = figures.pictures_on_the_way(*student, "a photo of a star", 128, 0)
+    assert np.abs(np.asarray(predicted, int) - np.asarray(result, int)).max() <= 1
+    pictures = figures.pictures_on_the_way(*student, "a photo of a star", 256, 0)
+    assert [picture.width for picture in pictures] == [128, 128, 256, 256]
+    command = ["--models", *folders, "--out", tmp_path]
+    run(figures, *command, "--film", "a photo of a star", "--size", 256)
+    film = Image.open(tmp_path / "film.webp")
+    assert film.size == (640, 356) and film.n_frames >= 2
+    run(figures, *command, "--fails", "--size", 64)  # two steps of an untrained student draw nothing right
+    assert Image.open(tmp_path / "fails.png").size == (6 * 192, 192 + 36)
+
+
+@pytest.mark.parametrize("side, letter", [(64, "S"), (64, "H"), (128, "W")])
+def test_operations_of_a_block_are_those_counted_by_hand(side, letter):
+    """In multiply-adds a token."""
+    d, caption, tokens = 1152, 120, (side // 2) ** 2
+    one, two = (speed.operations(None, "t2md", p, 1, 8 * side, 8 * side) for p in ("S", "S" + letter))
+    mixer = 4 * d**2 + 2 * tokens * d
+    if (
+        letter != "S"
+    ):  # projections; twice, in chunks of 64: C B^T, each head's product with it, and its state
+        mixer = d * (4 * d + 2 * 256 + 36) + 2 * d**2 + 2 * (64 * 256 + 36 * 64 * (64 + 2 * 256))
+    text = 2 * d**2 + 2 * d**2 * caption / tokens + 2 * d * caption
+    assert (two - one) / 2 / tokens == pytest.approx(mixer + text + 8 * d**2, rel=0.01)
+
+
+def test_operations_of_the_model_are_the_sum_of_its_blocks():
+    model, _ = speed.make_models(None, "shapes", "SHWSH")
+    with speed.FlopCounterMode(display=False) as counter, torch.no_grad():
+        t2md.predict_noise(model, *speed.random_batch(model, 2, 128, 128))
+    assert speed.operations(None, "shapes", "SHWSH", 2, 128, 128) == counter.get_total_flops() > 1e8
+
+
+def test_training_counts_what_learns():
+    """Activations are computed anew: four forward passes of what learns, three of what is frozen above it."""
+    stages = None, "forcing", "kd", "adapt"
+    forward, forcing, kd, adapt = (speed.operations(s, "t2md", "SH", 1, 512, 512) for s in stages)
+    assert adapt == pytest.approx(4 * forward, rel=0.05)
+    assert 0.8 * forward < forcing < 2.8 * forward < 3.5 * forward < kd < adapt + forward
+
+
+def test_bill(monkeypatch, capsys):
+    seen = speed.images_seen(speed.stage_settings("hires1", "t2md"))
+    assert seen[2] / sum(seen.values()) == pytest.approx(0.8, abs=1e-3)
+    assert seen[2] / 64 + seen[1] / 256 == pytest.approx(40_000, abs=1)
+    monkeypatch.setattr(speed, "operations", lambda *_: 1e12)
+    speed.print_bill(speed.parse_arguments(["bill", "--utilisation", "0.5"]))
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    assert set(speed.PAPER_STAGES) < set(rows) and rows["hires2"][1:4] == ["2048", "20,000", "320,000"]
+    assert float(rows["kd"][5]) == pytest.approx(46_080_000e12 / (86400 * 989e12 * 0.5), abs=0.05)
+
+
+@pytest.mark.parametrize("command, words", [
+    ("model --config shapes --blocks 3 --sizes 32 32x48", ["SSS", "SHW", "32x48", "ratio"]),
+    ("scan --sizes 128", ["ssd, chunks of 64", "attention", "us / token"]),
+    ("step forcing --config shapes --batch-size 2", ["2 images of 128 px", "TFLOP are"]),
+    ("step kd --config shapes --dtype bfloat16 --blocks 2", ["1 images of 128 px", "TFLOP are"]),
 ])  # fmt: skip
-def test_one_sentence_for_what_cannot_be_done(tmp_path, monkeypatch, capsys, module, arguments, words):
-    monkeypatch.setattr("sys.argv", ["-m", "--out", str(tmp_path), *arguments])
-    with pytest.raises(SystemExit) as end:
-        module.main()
-    said = end.value.code if isinstance(end.value.code, str) else capsys.readouterr().err
-    refused(types.SimpleNamespace(returncode=1, stderr=said), *words)
+def test_commands_of_speed(command, words, capsys):
+    args = speed.parse_arguments([*command.split(), "--repeats", "1", "--device", "cpu"])
+    speed.COMMANDS[args.command](args)
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in [*words, "torch 2."])
 
 
 @pytest.mark.parametrize("page", ["README.md", "claims/README.md"])
 def test_every_command_on_the_page_is_one(page):
     """Each is parsed by the program it names, not run."""
     parsers = {f"-m {module.__name__}": module for module in (scores, table1, figures, speed)}
-    parsers["train.py"] = train
-    with open(os.path.join(HERE, page)) as file:
-        blocks = re.findall(r"^```\w*\n(.*?)^```", file.read().replace("\\\n", " "), flags=re.S | re.M)
-    lines = [re.sub(r"\s#.*", "", line) for line in "".join(blocks).splitlines() if "$" not in line]
-    command = r"python (train\.py|-m claims\.(?:scores|table1|figures|speed))([^;&|\"]*)"
-    found = [re.search(command, line) for line in lines]
-    assert any(found)
-    for program, arguments in (command.groups() for command in found if command):
-        parsers[program].parse_arguments(shlex.split(arguments))
+    parsers |= {"train.py": train, "sample.py": sample}
+    text = open(os.path.join(HERE, page)).read().replace("\\\n", " ")
+    lines = "".join(re.findall(r"^```\w*\n(.*?)^```", text, flags=re.S | re.M)).splitlines()
+    pattern = r"^[^#$]*python (train\.py|sample\.py|-m claims\.\w+)([^;&|#$]*)(#.*)?$"
+    commands = [match.groups()[:2] for match in (re.search(pattern, line) for line in lines) if match]
+    assert len(commands) > 4
+    for program, arguments in commands:
+        quoted = arguments.count('"') % 2  # the end of what is put into a variable
+        parsers[program].parse_arguments(shlex.split(arguments.rstrip('"') if quoted else arguments))
+
+
+@pytest.mark.parametrize("command", ["scores --prompts no", "figures --curves no", "speed scan --sizes 0"])
+def test_one_sentence_for_what_cannot_be_done(monkeypatch, command):
+    module, *arguments = command.split()
+    monkeypatch.setattr("sys.argv", ["", *arguments])
+    with pytest.raises(SystemExit, match=rf"^claims.{module}: \w+: [^\n]+; --debug shows where$"):
+        runpy.run_path(os.path.join(HERE, "claims", f"{module}.py"), run_name="__main__")
+
+
+def train_forcing(out, teacher, dies_after=None, dies_saving=False):
+    """What a process does that is killed with its group: after some seconds of work, finished or not, or at
+    its second checkpoint, between the model and the state."""
+    os.setpgid(0, 0)
+    saves, save, sys.stdout, sys.stderr = itertools.count(1), torch.save, *[open(os.devnull, "w")] * 2
+    if dies_saving:
+        torch.save = lambda *args: save(*args) if next(saves) < 2 else os.killpg(0, signal.SIGKILL)
+    if dies_after:
+        threading.Timer(dies_after, os.killpg, (0, signal.SIGKILL)).start()
+    flags = "--stage forcing --steps 6 --batch-size 2 --save-every 2 --examples 0 --device cpu"
+    train.run(train.parse_arguments([*flags.split(), "--out", out, "--teacher", teacher]))
+
+
+def left_behind(folder):
+    """All that a training leaves: its state's values, log without seconds, model."""
+    leaves = torch.utils._pytree.tree_leaves(train.read_state(str(folder)))
+    log = [json.loads(line) | dict(seconds=None) for line in (folder / "log.jsonl").open()]
+    models = [path.read_bytes() for path in sorted(folder.glob("*.safetensors"))]
+    return [v.numpy().tobytes() if torch.is_tensor(v) else v for v in leaves], log, models
+
+
+def test_kills_lose_nothing(chain, tmp_path):
+    """kill -9, once in the middle of a save and twice at random: bit for bit as without."""
+    context, rng, codes = multiprocessing.get_context("forkserver"), random.Random(0), []
+    context.set_forkserver_preload([__name__])  # what is killed is its work, not Python's imports
+    at_random = [("killed", rng.uniform(0.2, 3)) for _ in range(2)]
+    for out, *dies in (("whole",), ("killed", None, True), *at_random, ("killed",)):
+        arguments = f"{tmp_path}/{out}", f"{chain}/teacher", *dies
+        process = context.Process(target=train_forcing, args=arguments)
+        process.start()
+        process.join()
+        codes.append(process.exitcode)
+    assert codes == [0, *[-signal.SIGKILL] * 3, 0]
+    whole, killed = (left_behind(tmp_path / out / "forcing") for out in ("whole", "killed"))
+    assert whole == killed and len(whole[1]) == 6
+
+
+def damages(content, rng):
+    """Bytes with one changed, one near the start changed, without the end, zeroed in between, doubled."""
+    a, b = sorted(rng.randrange(len(content)) for _ in range(2))
+    for k in (a, a // 50):
+        yield content[:k] + bytes([content[k] ^ 64]) + content[k + 1 :]
+    yield from (content[:a], content[:a] + bytes(b - a) + content[b:], content[:b] + content[a:])
+
+
+def test_damaged_files_give_a_sentence(chain, tmp_path, capsys):
+    """Each is read as if whole, or refused in one line; a training that goes on ends as with the whole."""
+    out, rng, results = shutil.copytree(chain, tmp_path / "out"), random.Random(0), []
+    files.write_png(f"{out}/images/0.png", SMEAR)
+    for name in ("prompts", "images/metadata"):
+        (out / f"{name}.jsonl").write_text('{"file_name": "0.png", "text": "a star", "prompt": "a star"}')
+    shutil.copyfile(next(out.glob("pictures/*/*.tar")), out / "images.tar")
+    encoders = t2md.VAE(f"{chain}/vae"), t2md.TextEncoder(f"{chain}/text_encoder")
+
+    def go_on():
+        shutil.rmtree(out / "begun", ignore_errors=True)
+        for stage in ("kd", "forcing", "vae", "text_encoder"):
+            shutil.copytree(out / stage, out / "begun" / stage)
+        flags = f"--stage kd --steps 3 --batch-size 2 --examples 0 --out {out}/begun --teacher {out}/teacher"
+        train.run(train.parse_arguments(flags.split()))
+        results.append(left_behind(out / "begun" / "kd"))
+
+    def look(source):
+        ImageData(f"{out}/{source}", 64, None, None, 0, f"{out}/index").picture(0)
+
+    def encode():
+        data = ImageData(f"{out}/images", 64, *encoders, 0, f"{out}/index", f"{out}/cache")
+        data.batch(0, [0], 1, [files.generator(0, "kd", 0, 0)])
+
+    readers = {"prompts.jsonl": lambda: sample.read_prompts(f"{out}/prompts.jsonl")}
+    readers |= dict.fromkeys(["kd/training_state.pt", "kd/made_with.json"], go_on)
+    readers |= dict.fromkeys(["kd/config.json", "kd/*.safetensors"], lambda: sample.load(f"{out}/kd"))
+    readers |= {"images/metadata.jsonl": lambda: look("images"), "images.tar": lambda: look("images.tar")}
+    readers |= dict.fromkeys(["cache/text*", "cache/64px*", "cache/made_with.json"], encode)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    for name, read in readers.items():
+        read()
+        (path,) = out.glob(name)
+        content = path.read_bytes()
+        for damaged in damages(content, rng):
+            path.write_bytes(damaged)
+            signal.alarm(60)  # what takes longer hangs
+            try:
+                files.as_command("claims", lambda _, read=read: read(), scores.parse_arguments([]))
+            except SystemExit as end:
+                assert re.fullmatch(r"claims: \w+: [^\n]+; --debug shows where", end.code), name
+            signal.alarm(0)
+            path.write_bytes(content)
+    assert all(result == results[0] for result in results)

@@ -1,12 +1,15 @@
-"""Captioned images: a folder or tar shards -> aspect-ratio buckets, batches of latents and text.
+"""Captioned images -> aspect-ratio buckets, batches of latents and text, from the images or from a cache.
 
-Sections: 1 pictures - 2 batches, from the images or from a cache of latents and features.
+    python -m data.images SOURCE [--size 512]   # what is in a data set: buckets, what is skipped and why
+
 Every random draw is a function of (seed, stage, step, index in the global batch).
 """
 
+import argparse
+import bisect
+import collections
 import concurrent.futures
 import functools
-import hashlib
 import io
 import itertools
 import os
@@ -15,34 +18,45 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from diffusers.pipelines.pixart_alpha import pipeline_pixart_sigma as tables
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
+from safetensors import safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
+from transformers import AutoTokenizer
 
-from data.index import RECORD, Strings, load_index, own_tensor, reading
-from sample import RANK, WORLD, claim, fingerprint, pad_features, write_atomically
+from data import files
+from data.files import RANK, WORLD
+from data.index import Index, progress
+from t2md import load_part, pad_features
 
-# ----------------------------------------------------------------------------------------------------------
-# 1. Pictures
-# ----------------------------------------------------------------------------------------------------------
-
-
-def open_image(file, offset, length):
-    """A PIL image, not yet decoded, from `length` bytes of a file."""
-    with open(file, "rb") as f:
-        f.seek(offset)
-        return Image.open(io.BytesIO(f.read(length)))
+MODES = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK", "LAB": "LAB"}  # of colour profiles; else RGB
+SHARD = 1000  # entries of a file of the cache
+TOGETHER = 2**22  # pixels that the VAE encodes at once: 16 images of 512 x 512
 
 
 def to_rgb(image):
-    """Any PIL image as RGB: upright (EXIF), 16 bits scaled down, transparency over white."""
+    """Any PIL image as a person sees it, in sRGB: upright, by its colour profile, over white; 16 bits and
+    floats (up to 1, or up to 255) scaled to 8."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = Image.fromarray(np.uint8(np.asarray(image).clip(0, 65535) // 257))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    profile, clear = image.info.get("icc_profile"), image.info.get("transparency")
+    if image.mode[0] in "IF":
+        grey = np.nan_to_num(np.asarray(image, np.float32))
+        grey = grey / 257 if image.mode[0] == "I" else grey * (255 if grey.max() <= 1 else 1)
+        white = np.asarray(image) == clear if isinstance(clear, int) else False
+        image = Image.fromarray(np.uint8(np.where(white, 255, grey.clip(0, 255))))
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    lab, mode = image.mode == "LAB", MODES.get(image.mode, "RGB")
+    try:
+        source = ImageCms.createProfile("LAB") if lab else ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        sRGB = ImageCms.createProfile("sRGB")
+        image = ImageCms.profileToProfile(image.convert(mode), source, sRGB, outputMode="RGB")
+    except (
+        ImageCms.PyCMSError,
+        OSError,
+        TypeError,
+    ):  # none, or not one that can be read, or of other colours
+        pass
+    image = image.convert("RGB")
+    return Image.composite(image, Image.new("RGB", image.size, "white"), alpha) if alpha else image
 
 
 def to_pixels(images):
@@ -70,12 +84,17 @@ def nearest_buckets(heights, widths, pixels):
     return np.array([sides for _, sides in table], int)[nearest]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 2. Batches
-# ----------------------------------------------------------------------------------------------------------
+class Prompts(collections.abc.Sequence):
+    """Captions, by their numbers in the index, each read when it is asked for."""
 
-SHARD = 1000  # entries of a file of the cache
-TOGETHER = 2**22  # pixels that the VAE encodes at once: 16 images of 512 x 512
+    def __init__(self, index, numbers):
+        self.index, self.numbers = index, numbers
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, k):
+        return self.index.caption(self.numbers[k])
 
 
 class ImageData:
@@ -86,79 +105,90 @@ class ImageData:
         vae, text_encoder: None if the images are only looked at.
         cache: None, or a folder: latent moments and caption features are computed once, into it, and both
             parts let go. With a cache and without, it is the middle of an image that is seen.
-    Attributes: items (n,) of RECORD, with the bucket's height and width; prompts, theirs; buckets {(height,
-    width): numbers of items}; skipped {reason: count}.
+    Attributes: prompts: captions of the images.  buckets: {(height, width): numbers of images}.
+        skipped: {reason: count}.
     Raises ValueError, saying what was looked for, if nothing is usable; if the cache is of other parts.
     """
 
     def __init__(self, source, pixels, vae, text_encoder, seed, folder, cache=None):
         self.vae, self.text_encoder, self.cache = vae, text_encoder, cache
-        self.pixels, self.seed = pixels, seed
-        images, self.files, self.captions, self.skipped = load_index(source, folder)
-        sizes = np.stack([images["height"], images["width"]], axis=1)
+        self.pixels, self.seed, self.index = pixels, seed, Index(source, folder)
+        sizes, self.skipped = self.index.images[:, :2], self.index.skipped
         buckets = nearest_buckets(*sizes.T, pixels)
         large = (buckets <= 4 * sizes).all(1)
-        self.skipped[f"too small to be enlarged to about {pixels} pixels"] += int((~large).sum())
-        self.skipped = +self.skipped  # without what never happened
+        if not large.all():
+            self.skipped[f"too small to be enlarged to about {pixels} pixels"] = int((~large).sum())
         if not large.any():
-            why = ", ".join(f"{count} x {reason}" for reason, count in self.skipped.items()) or "it is empty"
-            what = "looked for images with captions, skipped"
-            raise ValueError(f"--data {source} has no usable image; {what}: {why}")
-        self.items, buckets = images[large], buckets[large]
-        self.items["height"], self.items["width"] = buckets.T
-        self.prompts = Strings(self.captions.text, self.captions.ends, self.items["caption"])
-        self.buckets = {}
-        for height, width in sorted(set(map(tuple, aspect_ratios(pixels).values()))):
-            members = np.flatnonzero((buckets == (height, width)).all(1))
+            why = ", ".join(f"{count} x {reason}" for reason, count in self.skipped.items()) or "nothing"
+            what = "metadata.jsonl or .csv, tar shards, or images with a .txt beside each"
+            raise ValueError(f"{source} has no usable image; looked for {what}, skipped {why}")
+        self.rows, self.sizes = np.flatnonzero(large), buckets[large]
+        self.captions = self.index.images[large, 2]
+        self.prompts, self.buckets = Prompts(self.index, self.captions), {}
+        for bucket in sorted(set(map(tuple, aspect_ratios(pixels).values()))):
+            members = np.flatnonzero((self.sizes == bucket).all(1))
             if len(members):
-                self.buckets[int(height), int(width)] = members
-        self.order = functools.lru_cache(maxsize=2)(self.order)
+                self.buckets[tuple(map(int, bucket))] = members
+        self.epoch = functools.lru_cache(maxsize=2)(self.epoch)
+        self.permutation = functools.lru_cache(maxsize=4 * len(self.buckets))(self.permutation)
         self.decoders, self.decoding = concurrent.futures.ThreadPoolExecutor(), {}
         if cache:
-            claim(cache, dict(vae=fingerprint(vae.source), text_encoder=fingerprint(text_encoder.source)))
+            self.open_shard = functools.lru_cache(maxsize=64)(
+                lambda path: safe_open(path, "pt")
+            )  # each is a memory map
+            made_with = dict(vae=vae.source, text_encoder=text_encoder.source)
+            files.claim(cache, {part: files.fingerprint(source) for part, source in made_with.items()})
             self.fill_cache()
             self.vae = self.text_encoder = None  # nothing asks them any more: they may leave the device
 
-    # which images
+    # which images: a bucket is an endless stream of permutations, cut into batches
 
-    def order(self, epoch, images):
-        """The batches of an epoch, [image numbers], each of one bucket: every bucket shuffled, cut into
-        batches (the last one filled from its beginning), all batches shuffled."""
-        rng, batches = np.random.default_rng([self.seed, epoch]), []
-        for members in self.buckets.values():
-            count = -(-len(members) // images)
-            batches += list(np.resize(rng.permutation(members), count * images).reshape(count, images))
-        return [batches[k] for k in rng.permutation(len(batches))]
+    def permutation(self, bucket, epoch):
+        return files.numpy_generator(self.seed, str(bucket), epoch, 0).permutation(self.buckets[bucket])
+
+    def epoch(self, epoch, images):
+        """The batches that become full in this epoch -> (n, 2): bucket, number of the batch in its stream;
+        what is left over fills the first one of the next epoch."""
+        batches = []
+        for k, members in enumerate(self.buckets.values()):
+            numbers = range(epoch * len(members) // images, (epoch + 1) * len(members) // images)
+            batches += [(k, number) for number in numbers]
+        return files.numpy_generator(self.seed, "order", epoch, 0).permutation(batches)
 
     def choose(self, turn, indices, images):
         """The images that stand at `indices` of global batch number `turn`, which holds `images`."""
-        per_epoch = sum(-(-len(members) // images) for members in self.buckets.values())
-        batch = self.order(turn // per_epoch, images)[turn % per_epoch]
-        return [int(batch[i]) for i in indices]
+        sizes = [len(members) for members in self.buckets.values()]
+
+        def before(epoch):  # how many batches
+            return sum(epoch * size // images for size in sizes)
+
+        end = (turn + len(sizes) + 1) * images // sum(sizes) + 2
+        epoch = bisect.bisect_right(range(end), turn, key=before) - 1
+        k, number = self.epoch(epoch, images)[turn - before(epoch)].tolist()
+        places = (divmod(number * images + i, sizes[k]) for i in indices)
+        return [int(self.permutation(list(self.buckets)[k], n)[place]) for n, place in places]
 
     # pictures and what VAE and T5 make of them
 
-    def decode(self, k):
-        """Image k, scaled to cover its bucket's size, its middle; or the exception that says it is broken."""
-        item = self.items[k]
+    def decode(self, k, size):
+        """Image k, scaled to cover (height, width), its middle; or the exception that says it is broken."""
         try:
-            image = to_rgb(open_image(self.files[item["file"]], int(item["offset"]), int(item["length"])))
-            return ImageOps.fit(image, (int(item["width"]), int(item["height"])), Image.LANCZOS)
-        except Exception as error:
+            image = to_rgb(Image.open(io.BytesIO(self.index.bytes_of(self.rows[k]))))
+            return ImageOps.fit(image, size[::-1], Image.LANCZOS)
+        except Exception as error:  # decoders raise anything
             return error
 
     def picture(self, k):
-        """Image k -> (its number, picture). Where it is broken, the next of its bucket takes its place."""
-        item = self.items[k]
-        members = self.buckets[int(item["height"]), int(item["width"])]
-        first = np.searchsorted(members, k)
-        for number in itertools.chain(members[first:], members[:first]):
-            picture = self.decode(number)
+        """Image k -> (its number, picture). Where it is broken the next of its bucket, or if need be of all,
+        takes its place."""
+        size = tuple(self.sizes[k].tolist())
+        members = self.buckets[size]
+        for number in itertools.chain(members[members >= k], members, range(len(self.rows))):
+            picture = self.decode(number, size)
             if isinstance(picture, Image.Image):
                 return int(number), picture
-            self.skipped[f"not decodable ({type(picture).__name__})"] += 1
-        size = f"{item['width']} x {item['height']}"
-        raise ValueError(f"not one image for {size} can be decoded, nor {self.files[item['file']]}")
+            self.skipped[f"not decodable ({type(picture).__name__})"] += number == k
+        raise ValueError(f"not one of {len(self.rows)} images can be decoded")
 
     def encode(self, pictures):
         """Pictures of one size -> means and standard deviations of their latents, (B, 2, C, h, w)."""
@@ -166,103 +196,68 @@ class ImageData:
         parts = [self.vae.moments(part) for part in to_pixels(pictures).split(together)]
         return torch.cat([torch.stack(part, dim=1).cpu() for part in parts])
 
-    def encode_text(self, captions):
-        """List of captions -> their features (B, T, width) and mask (B, T)."""
-        features, mask = self.text_encoder(captions)
+    def encode_text(self, numbers):
+        """Numbers of captions -> their features (B, T, width) and mask (B, T)."""
+        features, mask = self.text_encoder([self.index.caption(n) for n in numbers])
         return features.float().cpu(), mask.cpu()
 
-    # the cache
+    # the cache: files of SHARD captions, or images of one bucket
 
-    def cached(self, kind, strings, numbers=b""):
-        """The path of a shard, named after what is in it: a data set that has grown keeps those it has."""
-        digest = hashlib.sha256("\0".join(strings).encode(errors="surrogateescape") + numbers).hexdigest()
-        return os.path.join(self.cache, f"{kind}-{digest[:16]}.safetensors")
-
-    def shards(self):
-        """All shards of this data set, [(path, range of captions)] and [(path, numbers of images)]."""
-        texts, images = [], []
-        for start in range(0, len(self.captions), SHARD):
-            part = range(start, min(start + SHARD, len(self.captions)))
-            texts.append((self.cached("text", map(self.captions.__getitem__, part)), part))
-        for members in self.buckets.values():
-            for part in np.split(members, range(SHARD, len(members), SHARD)):
-                numbers = b"".join(self.items[name][part].tobytes() for name in RECORD.names[2:])
-                files = map(self.files.__getitem__, self.items["file"][part])
-                images.append((self.cached(f"{self.pixels}px", files, numbers), part))
-        return texts, images
+    def shard(self, kind, entry):
+        return os.path.join(self.cache, f"{kind}-{self.index.digest}-{entry // SHARD:05}.safetensors")
 
     def fill_cache(self):
-        """Compute the shards that the cache lacks, this process's share of them. What is there stays, so a
-        run that was cut off goes on. Images that turn out to be broken leave the data set."""
-        texts, images = self.shards()
-        kinds = (self.write_text, texts, "captions"), (self.write_moments, images, "images")
-        for write, shards, what in kinds:
-            missing = [shard for shard in shards[RANK::WORLD] if not os.path.exists(shard[0])]
-            total = sum(len(part) for _, part in missing)
-            doing = f"encoding {what} into {self.cache}"
-            with tqdm(total=total, desc=doing, disable=RANK > 0 or not total) as bar:
-                for path, part in missing:
-                    write(path, part, bar.update)
+        """Compute the files that the cache lacks, this process's share of them. What is there stays, so a
+        run that was cut off goes on."""
+        kinds, self.places = (
+            [("text", range(self.index.count), self.text_shard)],
+            np.zeros(len(self.rows), int),
+        )
+        for (h, w), members in self.buckets.items():
+            kinds.append((f"{self.pixels}px-{h}x{w}", members, self.image_shard))
+            self.places[members] = np.arange(len(members))
+        jobs = []
+        for kind, entries, compute in kinds:
+            for k in range(0, len(entries), SHARD):
+                jobs.append((self.shard(kind, k), entries[k : k + SHARD], compute))
+        missing = [job for job in jobs[RANK::WORLD] if not os.path.exists(job[0])]
+        with progress(total=sum(len(job[1]) for job in missing), desc=f"encoding into {self.cache}") as bar:
+            for path, entries, compute in missing:
+                files.write_atomically(path, functools.partial(save_file, compute(entries)))
+                bar.update(len(entries))
         if WORLD > 1:
             dist.barrier()
-        self.texts = []
-        for path, part in texts:
-            with reading(path) as file:
-                ends = own_tensor(file, "ends", torch.int64, len(part) + 1)
-                tokens = own_tensor(file, "features", torch.half, None, self.text_encoder.width)
-            self.texts.append((tokens, ends))
-        self.moments, self.place, broken = [], np.zeros((len(self.items), 2), int), []
-        for path, part in images:
-            with reading(path) as file:
-                moments = own_tensor(file, "moments", torch.half, len(part), *self.latent_shape(part))
-                broken.extend(part[~own_tensor(file, "whole", torch.bool, len(part)).numpy()])
-            self.place[part, 0], self.place[part, 1] = len(self.moments), np.arange(len(part))
-            self.moments.append(moments)
-        if broken:
-            self.skipped["not decodable"] += len(broken)
-            kept = {bucket: np.setdiff1d(members, broken) for bucket, members in self.buckets.items()}
-            self.buckets = {bucket: members for bucket, members in kept.items() if len(members)}
-        if not self.buckets:
-            raise ValueError("not one of the images can be decoded")
 
-    def write_text(self, path, part, progress):
-        """A shard of features: (tokens of all captions, width), and where each caption begins and ends."""
+    def text_shard(self, numbers):
+        """Features of captions: (tokens of all, width), and where each caption begins and ends."""
         features = []
-        for start in range(part.start, part.stop, 16):
-            captions = [self.captions[n] for n in range(start, min(start + 16, part.stop))]
-            for feature, mask in zip(*self.encode_text(captions)):
+        for k in range(0, len(numbers), 16):
+            for feature, mask in zip(*self.encode_text(numbers[k : k + 16])):
                 features.append(feature[mask.bool()].half())
-            progress(len(captions))
-        ends = torch.tensor([0, *map(len, features)]).cumsum(0)
-        write_atomically(path, functools.partial(save_file, dict(features=torch.cat(features), ends=ends)))
+        return dict(features=torch.cat(features), ends=torch.tensor([0, *map(len, features)]).cumsum(0))
 
-    def latent_shape(self, part):
-        """Of the moments of images of one bucket: (2, C, h, w)."""
-        height, width = (int(self.items[name][part[0]]) // self.vae.factor for name in ("height", "width"))
-        return 2, self.vae.channels, height, width
-
-    def write_moments(self, path, part, progress):
-        """A shard of moments (n, 2, C, h, w), and which images are whole; decoded 16 ahead of the VAE."""
-        moments = torch.zeros(len(part), *self.latent_shape(part), dtype=torch.half)
-        whole = torch.zeros(len(part), dtype=torch.bool)
-        coming = self.decoders.map(self.decode, part[:16])
-        for start in range(0, len(part), 16):
-            pictures, coming = list(coming), self.decoders.map(self.decode, part[start + 16 : start + 32])
-            rows = [k for k, picture in enumerate(pictures) if isinstance(picture, Image.Image)]
-            if rows:
-                moments[start:][rows] = self.encode([pictures[k] for k in rows]).half()
-                whole[start:][rows] = True
-            progress(len(pictures))
-        write_atomically(path, functools.partial(save_file, dict(moments=moments, whole=whole)))
+    def image_shard(self, numbers):
+        """Moments of images (n, 2, C, h, w), and which images they are; decoded 16 ahead of the VAE."""
+        shown, moments, coming = [], [], self.decoders.map(self.picture, numbers[:16])
+        for k in range(0, len(numbers), 16):
+            found, coming = list(coming), self.decoders.map(self.picture, numbers[k + 16 : k + 32])
+            shown += [number for number, _ in found]
+            moments.append(self.encode([picture for _, picture in found]).half())
+        return dict(moments=torch.cat(moments), images=torch.tensor(shown))
 
     # batches
 
-    def fetch(self, turn, indices, images):
+    def moments_of(self, turn, indices, images):
         """The images at `indices` of batch `turn` -> their numbers, and their moments (B, 2, C, h, w)."""
-        numbers = self.choose(turn, indices, images)
+        numbers, found = self.choose(turn, indices, images), []
         if self.cache:
-            kept = [self.moments[shard][row].float() for shard, row in self.place[numbers]]
-            return numbers, torch.stack(kept)
+            for k in numbers:
+                h, w = self.sizes[k]
+                file = self.open_shard(self.shard(f"{self.pixels}px-{h}x{w}", self.places[k]))
+                row = int(self.places[k] % SHARD)
+                found.append((int(file.get_slice("images")[row]), file.get_slice("moments")[row].float()))
+            numbers, moments = zip(*found)
+            return numbers, torch.stack(moments)
         following = self.choose(turn + 1, indices, images)  # decoded while the network works on this turn
         for key, k in zip(itertools.product((turn, turn + 1), indices), numbers + following):
             if key not in self.decoding:
@@ -273,31 +268,69 @@ class ImageData:
     def text_of(self, numbers):
         """Numbers of captions -> features (B, T, width) and mask (B, T)."""
         if not self.cache:
-            return self.encode_text([self.captions[n] for n in numbers])
+            return self.encode_text(numbers)
         features = []
-        for shard, row in (divmod(n, SHARD) for n in numbers):
-            tokens, ends = self.texts[shard]
-            features.append(tokens[ends[row] : ends[row + 1]].float())
+        for n in numbers:
+            file = self.open_shard(self.shard("text", n))
+            first, end = file.get_slice("ends")[n % SHARD : n % SHARD + 2].tolist()
+            features.append(file.get_slice("features")[first:end].float())
         return pad_features(features)
 
     def batch(self, turn, indices, images, generators, timesteps=None, drop=0.1):
         """Samples `indices` of global batch number `turn`, of `images` samples, a torch.Generator for each
         -> dict of latents z0 and noise (B, C, h, w), t (B,), text (B, T, width), mask (B, T).
 
-        timesteps: uniform, or (mean, deviation) of a normal distribution cut to [0, 1000).
+        timesteps: None, uniform; (mean, deviation) of a normal distribution, drawn again outside [0, 1000).
         A caption is dropped (replaced by the empty one) with probability `drop`, for guidance.
         """
-        numbers, moments = self.fetch(turn, indices, images)
-        mean, std = moments.unbind(1)
+        numbers, moments = self.moments_of(turn, indices, images)
         captions, t, z0, noise = [], [], [], []
-        for k, g in zip(numbers, generators):
-            captions.append(0 if torch.rand((), generator=g) < drop else int(self.items["caption"][k]))
-            if timesteps is None:
-                t.append(torch.randint(1000, (), generator=g))
-            else:
-                t.append((timesteps[0] + timesteps[1] * torch.randn((), generator=g)).clamp(0, 999).long())
-            z0.append(torch.randn(mean.shape[1:], generator=g))
-            noise.append(torch.randn(mean.shape[1:], generator=g))
+        for k, (mean, std), g in zip(numbers, moments, generators):
+            captions.append(0 if torch.rand((), generator=g) < drop else int(self.captions[k]))
+            t.append(torch.randint(1000, (), generator=g) if timesteps is None else torch.tensor(-1))
+            while not 0 <= t[-1] < 1000:
+                t[-1] = (timesteps[0] + timesteps[1] * torch.randn((), generator=g)).floor().long()
+            z0.append(mean + std * torch.randn(mean.shape, generator=g))
+            noise.append(torch.randn(mean.shape, generator=g))
         text, mask = self.text_of(captions)
-        z0 = mean + std * torch.stack(z0)
-        return dict(z0=z0, noise=torch.stack(noise), t=torch.stack(t), text=text, mask=mask)
+        return dict(z0=torch.stack(z0), noise=torch.stack(noise), t=torch.stack(t), text=text, mask=mask)
+
+
+# -- python -m data.images -----------------------------------------------------------------------------------
+
+
+def look(args):
+    """Print how many images each bucket has, what was skipped and why; write OUT/data.png, 24 of them."""
+    data = ImageData(args.source, args.size, None, None, 0, os.path.join(args.out, "index"))
+    count = len(data.prompts)
+    found = [data.picture(*data.choose(turn, [0], 1)) for turn in range(min(24, count))]
+    print(f"{count} images in {len(data.buckets)} buckets of about {args.size} x {args.size} px:")
+    for (height, width), members in data.buckets.items():
+        print(f"  {width:5} x {height:<5} {len(members):8}")
+    print(f"{sum(data.skipped.values())} skipped")
+    for reason, count in data.skipped.most_common():
+        print(f"  {count:8} {reason}")
+    if args.text_encoder:
+        tokenizer = load_part(AutoTokenizer, args.text_encoder, "tokenizer")
+        captions = (data.index.caption(n).lower().strip() for n in range(data.index.count))
+        lengths = (len(tokenizer(caption, verbose=False).input_ids) for caption in captions)
+        print(f"{sum(length > 120 for length in lengths)} captions longer than 120 tokens are cut")
+    rows = [found[k : k + 6] for k in range(0, len(found), 6)]
+    captions = [[data.prompts[k] for k, _ in row] for row in rows]
+    path = os.path.join(args.out, "data.png")
+    files.write_png(path, files.contact_sheet([[image for _, image in row] for row in rows], 192, captions))
+    print(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Show what is in a data set of captioned images.")
+    parser.add_argument("source", help="a folder, or a quoted pattern of tar shards (see data/README.md)")
+    parser.add_argument("--size", type=int, default=512, help="base size of the buckets (default 512)")
+    parser.add_argument("--out", default="runs/data", help="folder of the index and data.png")
+    parser.add_argument("--text-encoder", help="count captions that are too long for its tokenizer")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    files.as_command("data.images", look, parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

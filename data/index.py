@@ -1,234 +1,292 @@
-"""What images a data set holds: found once, by all cores, kept in one file, memory-mapped from then on."""
+"""What images a data set holds: found once, by all cores, and kept in one file of sqlite's."""
 
 import collections
 import concurrent.futures
 import contextlib
+import csv
 import functools
 import glob
 import hashlib
 import itertools
 import json
-import mmap
 import multiprocessing
 import os
+import re
+import sqlite3
+import sys
 import tarfile
-import zlib
+import threading
+import urllib.parse
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
-from sample import RANK, rank_zero_first, write_atomically
+from data.files import RANK, rank_zero_first, write_atomically
 
-INDEX = ("images", "files", "file_ends", "captions", "caption_ends")  # the tensors of its file
-PIECE = 2**18  # bytes of metadata.jsonl that are looked at together; of tar shards one is a piece
-RECORD = np.dtype([(name, "i8") for name in ("file", "caption", "offset", "length", "height", "width")])
+METADATA = ("metadata.jsonl", "metadata.csv")
+PACKED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}  # how such files begin
+HEADERS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP")  # whose header says at which size they are seen
+TABLES = """PRAGMA journal_mode = off; PRAGMA synchronous = off; BEGIN;
+CREATE TABLE captions (number INTEGER PRIMARY KEY, text TEXT UNIQUE); INSERT INTO captions VALUES (0, '');
+CREATE TABLE images (file BLOB, offset INT, length INT, height INT, width INT, caption INT);
+CREATE TABLE about (digest TEXT, skipped TEXT);"""
+INSERT = "INSERT INTO images VALUES (?, ?, ?, ?, ?, (SELECT number FROM captions WHERE text = ?))"
+
+progress = functools.partial(tqdm, disable=RANK > 0, mininterval=1 if sys.stderr.isatty() else 60)
+
+
+class Skip(Exception):
+    """Why an image is left out."""
 
 
 def in_processes(function, jobs, what):
     """Yields function(*job) of every job, in order, from as many processes as there are cores; a single job
     is done here. They are forked from a process that has only imported this module: no GPU, no threads."""
-    progress = functools.partial(tqdm, total=len(jobs), desc=what, disable=RANK > 0)
-    if len(jobs) < 2:
-        yield from progress(itertools.starmap(function, jobs))
+    jobs, waiting = iter(progress(jobs, desc=what)), collections.deque()
+    first = list(itertools.islice(jobs, 2))
+    if len(first) < 2:
+        yield from itertools.starmap(function, first)
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    workers = min(len(jobs), os.cpu_count(), 32)
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        yield from progress(pool.map(function, *zip(*jobs)))
+    with concurrent.futures.ProcessPoolExecutor(min(os.cpu_count(), 32), mp_context=context) as pool:
+        for job in itertools.chain(first, jobs):
+            waiting.append(pool.submit(function, *job))
+            if len(waiting) > 64:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def canonical(source):
+    """A source of images as it is noted: one spelling of a folder, or of a pattern."""
+    source = os.path.expanduser(source)
+    if source == "shapes" or os.path.isdir(source):
+        return source if source == "shapes" else os.path.realpath(source)
+    return os.path.join(os.path.realpath(os.path.dirname(source)), os.path.basename(source))
+
+
+def expand(pattern):
+    """ "{08..10}.tar" -> 08.tar, 09.tar, 10.tar; "{a,b}.tar" -> a.tar, b.tar, as a shell does."""
+    braces = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if not braces:
+        return [pattern]
+    first, last, words = braces.groups()
+    words = words.split(",") if words else [f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1)]
+    return [p for w in words for p in expand(pattern[: braces.start()] + w + pattern[braces.end() :])]
+
+
+def files_below(folder):
+    """All files below a folder; links are followed, no folder is entered twice, hidden ones not at all."""
+    entered = set()
+    for path, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(path) in entered:
+            folders[:] = names = []
+        entered.add(os.path.realpath(path))
+        folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
+        yield from (os.path.join(path, name) for name in sorted(names) if name[0] != ".")
 
 
 def find_pieces(source):
-    """What of a data set can be looked at apart -> [(reader, path, start)].
+    """Pieces, [(path of a shard,) or (records,)], and the files that tell whether a data set has changed.
 
-    source: a folder with metadata.jsonl (Hugging Face's imagefolder: file_name, text), or a glob of
-    WebDataset tar shards: an image and a .txt, or a .json with "caption" or "text", of the same key.
-    Raises ValueError if there is neither, or both.
+    source: a folder with metadata.jsonl or metadata.csv (Hugging Face's imagefolder: file_name, and text or
+    caption), or of tar shards, or of images with a .txt beside each; a pattern of tar shards (WebDataset's).
     """
     if os.path.isdir(source):
-        metadata = os.path.join(source, "metadata.jsonl")
-        if not os.path.exists(metadata):
-            which = "which names its images (file_name) and captions (text)"
-            raise ValueError(f"--data {source} is a folder without metadata.jsonl, {which}")
-        if glob.glob(os.path.join(glob.escape(source), "*.tar")):
-            which = f"name the shards ('{source}/*.tar') or move them away"
-            raise ValueError(f"--data {source} holds both metadata.jsonl and tar shards; {which}")
-        return [(read_metadata, metadata, start) for start in range(0, os.path.getsize(metadata), PIECE)]
-    shards = sorted(glob.glob(source))
-    if not shards:
-        which = "neither shapes, nor a folder, nor a pattern that matches tar shards"
-        raise ValueError(f"--data {source} is {which}")
-    return [(read_shard, shard, 0) for shard in shards]
+        paths = [path for path in (os.path.join(source, name) for name in METADATA) if os.path.exists(path)]
+        shards = glob.glob(os.path.join(glob.escape(source), "*.tar")) if paths else []
+        if len(paths + shards[:1]) > 1:
+            both = " and ".join(map(os.path.basename, paths + shards[:1]))
+            raise ValueError(f"{source} holds both {both}; name what to read, like '{source}/*.tar'")
+        below = [] if paths else list(files_below(source))
+        paths = paths or [path for path in below if re.search(r"\.(tar|tar\.\w+|tgz)$", path)]
+        if not paths:
+            return in_pieces(read_folder(below)), below
+    else:
+        paths = []
+        for pattern in [source] if os.path.exists(source) else expand(source):
+            found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+            if not found:
+                raise ValueError(f"{pattern} is neither a folder nor a pattern that matches tar shards")
+            paths += found
+    if paths[0].endswith((".jsonl", ".csv")):
+        return in_pieces(record for path in paths for record in read_metadata(path)), paths
+    return [(path,) for path in paths], paths
 
 
-def read_metadata(path, start):
-    """The lines of metadata.jsonl that begin in PIECE bytes -> (file, caption, offset, length, what to open)
-    of each image, or why it is skipped."""
-    folder = os.path.dirname(path)
-    inside = os.path.join(os.path.realpath(folder), "")
-    with open(path, "rb") as lines:
-        lines.seek(max(0, start - 1))
-        if start:
-            lines.readline()  # the end of a line that begins in the piece before
-        for line in iter(lines.readline, b""):
-            if lines.tell() - len(line) >= start + PIECE:
-                return
+def in_pieces(records):
+    return iter(lambda: (list(itertools.islice(records, 1000)),), ([],))
+
+
+# -- readers: each yields (file, caption[, offset, length, what to open]) of an image, or a Skip --
+
+
+def read_metadata(path):
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        for record in csv.DictReader(file) if path.endswith(".csv") else filter(str.strip, file):
             try:
-                record = json.loads(line)
-                file, caption = os.path.join(folder, record["file_name"]), record["text"].strip()
-                if os.path.realpath(file).startswith(inside):
-                    yield file, caption, 0, os.path.getsize(file), file
-                else:
-                    yield "a file outside the folder"
-            except OSError:
-                yield "no such file"
-            except UnicodeDecodeError:
-                yield "text that is not UTF-8"
+                record = json.loads(record) if isinstance(record, str) else record
+                name, caption = record["file_name"], (record.get("text") or record["caption"]).strip()
+                outside = os.path.isabs(name) or ".." in name.split("/")
+                file = os.path.join(os.path.dirname(path), name)
+                yield Skip("a file outside the folder") if outside else (file, caption)
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                yield "a line without file_name and text"
+                yield Skip("a line without file_name, or without text or caption")
+
+
+def read_folder(paths):
+    for path in paths:
+        stem, suffix = os.path.splitext(path)
+        if suffix.lower() in Image.registered_extensions():
+            try:
+                with open(f"{stem}.txt", encoding="utf-8-sig", errors="surrogateescape") as file:
+                    yield path, file.read().strip()
+            except OSError:
+                yield Skip("no .txt beside it")
 
 
 def key_of(member):
-    """WebDataset's: a tar member's folder, and its name up to the first dot."""
-    folder, _, name = member.name.rpartition("/")
-    return folder, name.split(".")[0]
+    """WebDataset's: the path of a tar's member up to the first dot of its last part. None: it is passed over,
+    as are hidden files (a Mac's ._ among them), __MACOSX and __meta__."""
+    folder, _, name = member.name.removeprefix("./").rpartition("/")
+    hidden = name.startswith(".") or re.search(r"(^|/)__(MACOSX|[^/]*__)([./]|$)", member.name)
+    return None if hidden or "." not in name or not member.isfile() else (folder, name.split(".")[0])
 
 
-def read_shard(path, _):
-    """The same for a tar file, which stays packed: an image is `length` bytes of it, at `offset`."""
+def read_shard(path):
+    """The samples of a tar file, which stays packed: an image is `length` bytes of it, at `offset`."""
+    seen = set()
     try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            tar = tarfile.open(fileobj=mapped, mode="r:")
-            for _, members in itertools.groupby((member for member in tar if member.isfile()), key_of):
-                members = [(os.path.splitext(member.name)[1].lower(), member) for member in members]
+        with open(path, "rb") as file:
+            packed = PACKED.get(file.read(2))
+        if packed:
+            yield Skip(f"a tar compressed with {packed}: uncompress it first")
+            return
+        with tarfile.open(path, "r:") as tar:
+            for key, members in itertools.groupby(filter(key_of, tar), key_of):
+                members = [(m.name.rpartition("/")[2].partition(".")[2].lower(), m) for m in members]
                 parts = dict(members)
-                if len(parts) < len(members):
-                    yield "a key that occurs twice"
+                if key in seen or len(parts) < len(members):
+                    yield Skip("a key that occurs twice, or whose files lie apart")
                     continue
-                image = next((m for suffix, m in members if suffix in Image.registered_extensions()), None)
+                seen.add(key)
                 try:
-                    if ".txt" in parts:
-                        caption = tar.extractfile(parts[".txt"]).read().decode()
-                    else:
-                        record = json.load(tar.extractfile(parts[".json"]))
-                        caption = record.get("caption") or record["text"]
-                    yield path, caption.strip(), image.offset_data, image.size, tar.extractfile(image)
-                except UnicodeDecodeError:
-                    yield "text that is not UTF-8"
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                    yield "no image, or no caption beside it"
-    except (tarfile.TarError, OSError, ValueError) as error:  # the last: it is mapped, and ends too soon
-        yield f"not a whole tar file ({error})"
+                    image = next(m for suffix, m in members if f".{suffix}" in Image.registered_extensions())
+                    text = tar.extractfile(parts.get("txt") or parts["json"]).read()
+                    text = text.decode("utf-8-sig", errors="surrogateescape")
+                    record = {"text": text} if "txt" in parts else json.loads(text)
+                    caption = (record.get("caption") or record["text"]).strip()
+                    yield path, caption, image.offset_data, image.size, tar.extractfile(image)
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError, StopIteration):
+                    yield Skip("no image, or no caption beside it")
+    except (tarfile.TarError, OSError) as error:
+        yield Skip(f"not a whole tar file ({error})")
 
 
-def list_images(reader, path, start):
-    """A piece -> [(file, caption, offset, length, height, width)], none decoded, and {why skipped: count}."""
+# -- the index -----------------------------------------------------------------------------------------------
+
+
+def seen_size(image):
+    """The (height, width) at which an opened image is seen; it is decoded only if its header cannot tell."""
+    late = image.format not in HEADERS  # a TIFF is turned as it is decoded, an icon changes its size
+    if image.format == "PNG" and "exif" not in image.info:  # how it is turned may stand behind the pixels
+        place = image.fp.tell()
+        image.fp.seek(max(place, image.fp.seek(0, os.SEEK_END) - 2**17))
+        late = re.search(rb"eXIf|tiff:Orientation|Raw profile type exif", image.fp.read())
+        image.fp.seek(place)
+    if late:
+        image.load()
+    # not a PNG's own getexif, which decodes it
+    turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return image.size if turned else image.size[::-1]
+
+
+def list_images(piece):
+    """A piece -> [(file, offset, length, height, width, caption)], and {why skipped: count}."""
     found, skipped = [], collections.Counter()
-    for record in reader(path, start):
-        if isinstance(record, str):
-            skipped[record] += 1
-            continue
-        file, caption, *where, opened = record
-        if not caption:
-            skipped["an empty caption"] += 1
-            continue
+    for record in read_shard(piece) if isinstance(piece, str) else piece:
         try:
+            if isinstance(record, Skip):
+                raise record
+            file, caption, *place = record
+            if not caption:
+                raise Skip("an empty caption")
+            if re.search("[\udc80-\udcff]", caption):  # what surrogateescape makes of other bytes
+                raise Skip("text that is not UTF-8")
+            offset, length, opened = place or (0, os.path.getsize(file), file)
             with Image.open(opened) as image:
-                # not a PNG's own getexif, which decodes it
-                turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) > 4
-                height, width = image.size if turned else image.size[::-1]
+                height, width = seen_size(image)
+            caption = caption.encode(errors="replace").decode()  # half of an emoji is no text
+            found.append((os.fsencode(file), offset, length, height, width, caption))
+        except Skip as reason:
+            skipped[str(reason)] += 1
+        except FileNotFoundError:
+            skipped["no such file"] += 1
         except Exception as error:  # decoders raise anything
             skipped[f"not readable as an image ({type(error).__name__})"] += 1
-            continue
-        caption = caption.encode(errors="replace").decode()  # half of an emoji is no text
-        found.append((file, caption, *where, height, width))
     return found, skipped
 
 
-@contextlib.contextmanager
-def reading(path):
-    """A safetensors file that was written here.  Raises ValueError, naming it, if anything is wrong."""
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except Exception as error:  # SafetensorError, KeyError of a tensor, TypeError of what is no metadata
-        raise ValueError(f"{path} is damaged ({error}); remove it, and it is made again") from error
+def write_index(pieces, what, path):
+    """All usable images of a data set, a row each; a caption that many share is kept once, 0 is the
+    empty one. The digest tells two data sets apart, wherever they lie."""
+    digest, skipped = hashlib.sha256(), collections.Counter()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as file:
+        file.executescript(TABLES)
+        for found, reasons in in_processes(list_images, pieces, what):
+            captions = ((row[-1],) for row in found)
+            file.executemany("INSERT OR IGNORE INTO captions (text) VALUES (?)", captions)
+            file.executemany(INSERT, found)
+            for name, *numbers_and_caption in found:
+                digest.update(repr((os.path.basename(name), *numbers_and_caption)).encode())
+            skipped.update(reasons)
+        file.execute("INSERT INTO about VALUES (?, ?)", (digest.hexdigest()[:16], json.dumps(skipped)))
+        file.execute("COMMIT")
 
 
-def own_tensor(file, name, dtype, *shape):
-    """A tensor of it, memory-mapped, of this type and shape (None: of any length)."""
-    tensor = file.get_tensor(name)
-    fits = tensor.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, tensor.shape))
-    if tensor.dtype != dtype or not fits:
-        raise ValueError(f"{name} is {tensor.dtype} of shape {list(tensor.shape)}")
-    return tensor
+class Index:
+    """What a data set holds: looked at by the first process, unless `folder` has an index of files of these
+    names, sizes and dates.
 
+    Attributes: images (n, 3) of height, width, caption; count: of captions; skipped {why: count}; digest: a
+    short name of all this.
+    """
 
-def packed(strings):
-    """Strings -> their bytes, in one tensor, and where each begins and ends."""
-    encoded = [string.encode(errors="surrogateescape") for string in strings]
-    ends = np.cumsum([0, *map(len, encoded)])
-    return torch.frombuffer(bytearray(b"".join(encoded) + b"\0"), dtype=torch.uint8), torch.from_numpy(ends)
+    def __init__(self, source, folder):
+        pieces, paths = find_pieces(canonical(source))
+        stamp = hashlib.sha256()
+        for path in paths:
+            stamp.update(f"{path!r} {os.path.getsize(path)} {os.stat(path).st_mtime_ns}".encode())
+        path = os.path.join(folder, f"index-{stamp.hexdigest()[:16]}.sqlite")
+        with rank_zero_first():
+            if not os.path.exists(path):
+                write = functools.partial(write_index, pieces, f"looking at the images of {source}")
+                write_atomically(path, write)
+        uri, self.lock = f"file:{urllib.parse.quote(path)}?mode=ro&immutable=1", threading.Lock()
+        try:
+            self.file = sqlite3.connect(uri, uri=True, check_same_thread=False)
+            rows = self.file.execute("SELECT height, width, caption FROM images")
+            self.images = np.fromiter(rows, np.dtype((np.int32, 3)))
+            self.count, self.digest, skipped = self.read(
+                "SELECT max(number) + 1, about.* FROM captions, about"
+            )
+            self.skipped = collections.Counter(json.loads(skipped))
+        except (sqlite3.Error, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error}); remove it, and it is made again") from error
 
+    def read(self, query, *values):
+        with self.lock:
+            return self.file.execute(query, values).fetchone()
 
-class Strings(collections.abc.Sequence):
-    """Those strings again, each made when it is asked for; `numbers` says which they are, in which order."""
+    def bytes_of(self, k):
+        """Image k, as it lies in its file."""
+        query = "SELECT file, offset, length FROM images WHERE rowid = ?"
+        path, offset, length = self.read(query, int(k) + 1)
+        with open(os.fsdecode(path), "rb") as file:
+            file.seek(offset)
+            return file.read(length)
 
-    def __init__(self, text, ends, numbers):
-        self.text, self.ends, self.numbers = text, ends, numbers
-
-    def __len__(self):
-        return len(self.numbers)
-
-    def __getitem__(self, k):
-        n = self.numbers[k]
-        return self.text[self.ends[n] : self.ends[n + 1]].tobytes().decode(errors="surrogateescape")
-
-
-def write_index(path, pieces, what):
-    """All usable images of a data set, into one safetensors file; a file or caption that many share is in
-    it once, caption 0 is the empty one."""
-    files, captions, images, skipped = {}, {"": 0}, [np.empty(0, RECORD)], collections.Counter()
-    for found, reasons in in_processes(list_images, pieces, what):
-        rows = [
-            (files.setdefault(file, len(files)), captions.setdefault(caption, len(captions)), *numbers)
-            for file, caption, *numbers in found
-        ]
-        images.append(np.array(rows, RECORD))
-        skipped.update(reasons)
-    tensors = dict(images=torch.from_numpy(np.concatenate(images).view("i8")))
-    tensors["files"], tensors["file_ends"] = packed(files)
-    tensors["captions"], tensors["caption_ends"] = packed(captions)
-    about = dict(skipped=json.dumps(skipped))
-    about["check_sum"] = check_sum(about["skipped"], [tensors[name].numpy() for name in INDEX])
-    write_atomically(path, functools.partial(save_file, tensors, metadata=about))
-
-
-def check_sum(skipped, arrays):
-    """Of what an index holds; a second for some ten million images."""
-    total = zlib.crc32(skipped.encode())
-    for array in arrays:
-        total = zlib.crc32(array, total)
-    return str(total)
-
-
-def load_index(source, folder):
-    """The index of a data set, made by the first process unless `folder` has it: of shards or metadata.jsonl
-    of these names, sizes and dates -> images (n,) of RECORD, file names, captions, {why skipped: count}."""
-    pieces = find_pieces(source)
-    stamp = [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for _, path, _ in pieces]
-    path = os.path.join(folder, f"index-{hashlib.sha256(repr(stamp).encode()).hexdigest()[:16]}.safetensors")
-    with rank_zero_first():
-        if not os.path.exists(path):
-            write_index(path, pieces, f"looking at the images of {source}")
-    with reading(path) as index:
-        skipped, arrays = index.metadata()["skipped"], [index.get_tensor(name).numpy() for name in INDEX]
-        if index.metadata()["check_sum"] != check_sum(skipped, arrays):
-            raise ValueError("its check sum is another")
-        images, *strings = arrays
-        strings = (Strings(text, ends, range(len(ends) - 1)) for text, ends in (strings[:2], strings[2:]))
-        return images.view(RECORD), *strings, collections.Counter(json.loads(skipped))
+    def caption(self, number):
+        return self.read("SELECT text FROM captions WHERE number = ?", int(number))[0]
