@@ -51,13 +51,16 @@ def load_part(cls, path_or_repo, subfolder, **kwargs):
     inside = os.path.join(path_or_repo, subfolder)
     if os.path.isdir(path_or_repo):
         return cls.from_pretrained(inside if os.path.isdir(inside) else path_or_repo, **kwargs)
+    if os.path.isabs(path_or_repo) or path_or_repo.startswith(".") or path_or_repo.count("/") != 1:
+        raise FileNotFoundError(f"there is no folder {path_or_repo} to load a {subfolder} from")
     try:
         return cls.from_pretrained(path_or_repo, subfolder=subfolder, **kwargs)
     except OSError as error:
         try:
             return cls.from_pretrained(path_or_repo, **kwargs)
         except OSError:
-            raise error from None  # the first says why
+            reason = error.__cause__ or error.__context__ or error  # no network, which the error itself hides
+            raise OSError(f"no {subfolder} could be loaded from {path_or_repo}: {reason}") from error
 
 
 def load_model(cls, path_or_repo, subfolder, **kwargs):

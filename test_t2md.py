@@ -13,7 +13,6 @@ import functools
 import gc
 import io
 import json
-import multiprocessing
 import os
 import pathlib
 import resource
@@ -1525,6 +1524,49 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_ten_end_the_run(chain, tmp
     assert all(torch.isfinite(w).all() for w in (*state["model"].values(), *state["ema"]["shadow_params"]))
 
 
+def test_training_on_a_folder_of_images_with_a_cache(chain, tmp_path, monkeypatch):
+    """The text encoder is gone before the first step; captions that were cut are said once; what a killed
+    save has left is swept away; the source may be spelled in another way, a cache of other parts not."""
+    copy_parts(chain, tmp_path, "vae text_encoder teacher")
+    data, seen, loaded = write_images(tmp_path), [], []
+    (tmp_path / "images" / "metadata.jsonl").open("a").write(
+        "\n" + json.dumps(dict(file_name="0.png", text="red " * 200))
+    )
+    load, forcing_loss = train.load_networks, t2md.forcing_loss
+
+    def load_networks(*arguments):
+        networks = load(*arguments)
+        loaded.append(weakref.ref(networks[3].model))
+        return networks
+
+    def spy(*models, **x):
+        gc.collect()
+        seen.append((loaded[-1]() is None, os.path.exists(tmp_path / "forcing" / ".saving-1")))
+        return forcing_loss(*models, **x)
+
+    monkeypatch.setattr(train, "load_networks", load_networks)
+    monkeypatch.setattr(t2md, "forcing_loss", spy)
+    (tmp_path / "forcing" / ".saving-1").mkdir(parents=True)
+    flags = f"--stage forcing --batch-size 2 --examples 0 --out {tmp_path} --cache {tmp_path}/cache --data"
+    first = call("train.py", *flags.split(), data, "--steps", 2)
+    assert first.returncode == 0 and "1 captions were longer" in first.stdout, first.stderr
+    again = call("train.py", *flags.split(), os.path.relpath(data) + "/", "--steps", 3)
+    assert again.returncode == 0 and seen == [(True, False)] * 3, again.stderr
+    shutil.rmtree(tmp_path / "forcing")
+    other = ["--vae", f"{chain}/vae_adapt", "--steps", 1]
+    refused(call("train.py", *flags.split(), data, *other), "cache was made with vae")
+    refused(call("train.py", *flags.split(), "nowhere"), "nowhere is neither a folder nor a pattern")
+
+
+def test_offline_is_said_and_what_is_no_repository_is_not_asked_for(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="(?i)offline|connect|network|internet"):
+        t2md.load_backbone("nobody/has-this-model")
+    for path in ("nowhere", "./no/where", "/no/where", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match="there is no folder"):
+            VAE(path)
+
+
 def test_a_checkpoint_is_due_by_time_too(chain, tmp_path, monkeypatch):
     """Every --save-minutes, whatever --save-every says; pictures are drawn at the latter alone."""
     copy_parts(chain, tmp_path, "vae text_encoder forcing")
@@ -1624,22 +1666,18 @@ def test_two_processes_and_accumulation_equal_one_process(chain, two_nodes, tmp_
         assert 0 < (weights[name] - weights["one"]).norm() < 1e-5 * weights["one"].norm()
 
 
-def node_of_two(rank, out):
-    """What one of two processes says whose --out may be its own."""
-    os.environ |= dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29532")
-    for module in (files, train):  # which read the environment when they were imported
-        module.RANK, module.WORLD = rank, 2
-    return call("train.py", "--stage", "forcing", "--device", "cpu", "--out", out)
-
-
 def test_nodes_that_share_no_folder_are_told_so(tmp_path):
-    """Forked: they come no further than their first meeting."""
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        jobs = [(rank, str(tmp_path / str(rank))) for rank in range(2)]
-        results = pool.starmap_async(node_of_two, jobs, chunksize=1).get(timeout=120)
-    for result in results:
-        which = "is not one folder for all processes; on several nodes it must be shared"
-        refused(result, "--out", which)
+    """Two processes, as torchrun starts them, each with an --out of its own: they come no further."""
+    nodes = []
+    for rank in range(2):
+        environment = dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29532")
+        environment |= dict(os.environ, TORCHELASTIC_RUN_ID="t2md", **environment)
+        flags = f"train.py --stage forcing --device cpu --out {tmp_path}/{rank}".split()
+        pipes = dict(stderr=subprocess.PIPE, text=True, cwd=HERE, env=environment)
+        nodes.append(subprocess.Popen([sys.executable, *flags], **pipes))
+    for node in nodes:
+        _, error = node.communicate(timeout=120)
+        assert node.returncode == 1 and "is not one folder for all processes" in error, error
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 

@@ -22,9 +22,11 @@ Sections: 1 configurations - 2 stages - 3 what a stage works with - 4 the loop, 
 
 import argparse
 import copy
+import glob
 import json
 import math
 import os
+import pathlib
 import shutil
 import signal
 import sys
@@ -38,14 +40,13 @@ import torch
 import torch.distributed as dist
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
-from tqdm import tqdm
 
 import sample
 import t2md
 from data import files, parts, shapes
 from data.files import RANK, WORLD
 from data.images import ImageData
-from data.index import canonical
+from data.index import canonical, progress
 from t2md import T2MD, VAE, Attention, MambaMixer, TextEncoder
 
 # ---------------------------------------------------------------------------------------------------
@@ -429,6 +430,7 @@ def train_stage(job, args):
     base = model.config.sample_size * vae.factor // max(config["sizes"])  # pixels
     data = open_data(job, args, vae, text_encoder, base)
     show = example_painter(job, args, teacher, vae, text_encoder, data, base)
+    cut, text_encoder = text_encoder.cut, None  # with a cache nothing asks it any more: it leaves the device
     schedule = noise_schedule(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizers = new_optimizers(model, config, modules(model, stage.faster))
@@ -436,8 +438,7 @@ def train_stage(job, args):
     first = resume(folder, model, ema, optimizers)
     log, saved, skipped, told_to_stop = open_log(folder, first), time.time(), 0, []
     default = signal.signal(signal.SIGTERM, lambda *_: told_to_stop.append(True))
-    rhythm = dict(initial=first, mininterval=1 if sys.stderr.isatty() else 60, disable=RANK > 0)
-    bar = tqdm(batches(job, args, first), job.name, config["steps"], **rhythm)
+    bar = progress(batches(job, args, first), job.name, config["steps"], initial=first)
     for step, (m, turn, images) in enumerate(bar, first):
         began, terms = time.time(), {}
         # 1. This process's share of the batch. All that is random in image i is a function of (seed, stage,
@@ -508,8 +509,9 @@ def train_stage(job, args):
     for m, images in data.items():
         for reason, count in images.skipped.items():
             print(f"{job.name}: {count} images skipped at {m * base} px: {reason}")
-    if text_encoder.cut:
-        print(f"{job.name}: {text_encoder.cut} captions were cut to {text_encoder.max_length} tokens")
+        cut = max(cut, images.text_encoder.cut if images.text_encoder else 0)
+    if cut:
+        print(f"{job.name}: {cut} captions were longer than the text encoder takes, and cut")
     print(f"{job.name}: step {config['steps']} is done, the model and its pictures are in {folder}")
 
 
@@ -568,6 +570,9 @@ def open_log(folder, done):
     """log.jsonl, opened to go on after `done` lines: those of steps that were lost are taken back."""
     path = os.devnull if RANK else os.path.join(folder, "log.jsonl")
     if not RANK:
+        for stale in glob.glob(os.path.join(glob.escape(folder), ".*-*")):  # of a save that was killed
+            shutil.rmtree(stale, ignore_errors=True)
+            pathlib.Path(stale).unlink(missing_ok=True)
         lines = open(path, encoding="utf-8", errors="replace").readlines() if os.path.exists(path) else []
         files.write_text(path, "".join(lines[:done]))
     return open(path, "a")

@@ -1,5 +1,6 @@
 """Files and seeds: nothing that exists is ever lost, every random draw is a function of its place."""
 
+import concurrent.futures
 import contextlib
 import ctypes
 import datetime
@@ -80,10 +81,14 @@ def write_atomically(path, write):
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):
+        os.remove(temporary)  # of a killed process of this number
     try:
         write(temporary)
         os.replace(temporary, path)
     except RuntimeError as error:  # what torch.save makes of a full disk
+        if isinstance(error, concurrent.futures.BrokenExecutor):
+            raise
         reason = str(error).splitlines()[0]
         raise OSError(f"{path} could not be written ({reason}); what was there is as it was") from error
     finally:

@@ -30,10 +30,14 @@ HEADERS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP")  # whose header says at w
 TABLES = """PRAGMA journal_mode = off; PRAGMA synchronous = off; BEGIN;
 CREATE TABLE captions (number INTEGER PRIMARY KEY, text TEXT UNIQUE); INSERT INTO captions VALUES (0, '');
 CREATE TABLE images (file BLOB, offset INT, length INT, height INT, width INT, caption INT);
-CREATE TABLE about (digest TEXT, skipped TEXT);"""
+CREATE TABLE about (skipped TEXT);"""
 INSERT = "INSERT INTO images VALUES (?, ?, ?, ?, ?, (SELECT number FROM captions WHERE text = ?))"
 
-progress = functools.partial(tqdm, disable=RANK > 0, mininterval=1 if sys.stderr.isatty() else 60)
+# refreshed once a second, in a log file once a minute
+progress = functools.partial(
+    tqdm, disable=RANK > 0, mininterval=1 if sys.stderr.isatty() else 60, maxinterval=60
+)
+csv.field_size_limit(2**31 - 1)
 
 
 class Skip(Exception):
@@ -104,6 +108,8 @@ def find_pieces(source):
         paths = paths or [path for path in below if re.search(r"\.(tar|tar\.\w+|tgz)$", path)]
         if not paths:
             return in_pieces(read_folder(below)), below
+        if any(path.endswith(".txt") for path in below):
+            raise ValueError(f"{source} holds both {paths[0]} and .txt files; name what to read")
     else:
         paths = []
         for pattern in [source] if os.path.exists(source) else expand(source):
@@ -231,18 +237,16 @@ def list_images(piece):
 
 def write_index(pieces, what, path):
     """All usable images of a data set, a row each; a caption that many share is kept once, 0 is the
-    empty one. The digest tells two data sets apart, wherever they lie."""
-    digest, skipped = hashlib.sha256(), collections.Counter()
+    empty one."""
+    skipped = collections.Counter()
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as file:
         file.executescript(TABLES)
         for found, reasons in in_processes(list_images, pieces, what):
             captions = ((row[-1],) for row in found)
             file.executemany("INSERT OR IGNORE INTO captions (text) VALUES (?)", captions)
             file.executemany(INSERT, found)
-            for name, *numbers_and_caption in found:
-                digest.update(repr((os.path.basename(name), *numbers_and_caption)).encode())
             skipped.update(reasons)
-        file.execute("INSERT INTO about VALUES (?, ?)", (digest.hexdigest()[:16], json.dumps(skipped)))
+        file.execute("INSERT INTO about VALUES (?)", (json.dumps(skipped),))
         file.execute("COMMIT")
 
 
@@ -250,8 +254,8 @@ class Index:
     """What a data set holds: looked at by the first process, unless `folder` has an index of files of these
     names, sizes and dates.
 
-    Attributes: images (n, 3) of height, width, caption; count: of captions; skipped {why: count}; digest: a
-    short name of all this.
+    Attributes: images (n, 3) of height, width, caption; count: of captions; skipped {why: count}; digest: of
+    those names, sizes and dates.
     """
 
     def __init__(self, source, folder):
@@ -259,7 +263,8 @@ class Index:
         stamp = hashlib.sha256()
         for path in paths:
             stamp.update(f"{path!r} {os.path.getsize(path)} {os.stat(path).st_mtime_ns}".encode())
-        path = os.path.join(folder, f"index-{stamp.hexdigest()[:16]}.sqlite")
+        self.digest = stamp.hexdigest()[:16]
+        path = os.path.join(folder, f"index-{self.digest}.sqlite")
         with rank_zero_first():
             if not os.path.exists(path):
                 write = functools.partial(write_index, pieces, f"looking at the images of {source}")
@@ -269,9 +274,7 @@ class Index:
             self.file = sqlite3.connect(uri, uri=True, check_same_thread=False)
             rows = self.file.execute("SELECT height, width, caption FROM images")
             self.images = np.fromiter(rows, np.dtype((np.int32, 3)))
-            self.count, self.digest, skipped = self.read(
-                "SELECT max(number) + 1, about.* FROM captions, about"
-            )
+            self.count, skipped = self.read("SELECT max(number) + 1, about.* FROM captions, about")
             self.skipped = collections.Counter(json.loads(skipped))
         except (sqlite3.Error, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}); remove it, and it is made again") from error
