@@ -106,11 +106,8 @@ class VAE:
 
     @torch.no_grad()
     def decode(self, latents, tile=1024):
-        """Latents (B, C, h/f, w/f) -> images in [-1, 1], (B, 3, h, w).
-
-        A side longer than `tile` pixels is decoded in overlapping, blended tiles (diffusers' tiled decode),
-        so that memory does not grow with the image; smaller tiles leave seams in flat skies.
-        """
+        """Latents (B, C, h/f, w/f) -> images in [-1, 1], (B, 3, h, w). A side longer than `tile` pixels is
+        decoded in overlapping, blended tiles (diffusers'); smaller ones leave seams in flat skies."""
         latents = (latents / self.scale + self.shift).to(self.model.device, self.model.dtype)
         with self.in_tiles(tile, max(latents.shape[-2:]) * self.factor):
             return self.model.decode(latents).sample.float().clamp(-1, 1)
@@ -702,10 +699,8 @@ class T2MD(ModelMixin, ConfigMixin):
 
 
 def predict_noise(model, z_t, t, text, mask, return_mixers=False, **conditions):
-    """epsilon(z_t, t, tau), (B, C, h, w); of a model with learned variance, the noise half.
-
-    return_mixers: also [(input, output)] of each block's mixer.  conditions: size conditions, if any.
-    """
+    """epsilon(z_t, t, tau), (B, C, h, w), of a model with learned variance the noise half; with return_mixers
+    also [(input, output)] of each block's mixer.  conditions: size conditions, if any."""
     inputs = dict(encoder_attention_mask=mask, added_cond_kwargs=conditions or None, return_dict=False)
     sample, *mixers = model(z_t, text, t, return_mixers=return_mixers, **inputs)
     noise = sample[:, : z_t.shape[1]]
@@ -746,9 +741,7 @@ def soft_loss(teacher_noise, student_noise):
 
 def mixer_loss(teacher_mixers, student_mixers):
     """Equation 10: 1/N sum over all N blocks of ||mixer output of theta' - theta||^2, each on its OWN h.
-
-    Both: [(input, output)] of each block's mixer.
-    """
+    Both are [(input, output)] of each block's mixer."""
     terms = [mean_square(s, t) for (_, s), (_, t) in zip(student_mixers, teacher_mixers, strict=True)]
     return sum(terms) / len(terms)
 
@@ -789,10 +782,8 @@ def rename_pixart(state):
 
 
 def from_pixart(path_or_repo, **overrides):
-    """The teacher as a T2MD, from a diffusers PixArt transformer or a pipeline that has one.
-
-    The learned null caption in PixArt-alpha's own files (y_embedding) is left out, as in diffusers.
-    """
+    """The teacher as a T2MD, from a diffusers PixArt transformer or a pipeline that has one. The learned null
+    caption in PixArt-alpha's own files (y_embedding) is left out, as in diffusers."""
     pixart = load_model(PixArtTransformer2DModel, path_or_repo, "transformer", torch_dtype=torch.float32)
     config, heads = pixart.config, pixart.config.num_attention_heads
     same = ("patch_size", "in_channels", "sample_size", "interpolation_scale", "use_additional_conditions")

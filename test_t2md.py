@@ -1555,6 +1555,7 @@ def test_training_on_a_folder_of_images_with_a_cache(chain, tmp_path, monkeypatc
     shutil.rmtree(tmp_path / "forcing")
     other = ["--vae", f"{chain}/vae_adapt", "--steps", 1]
     refused(call("train.py", *flags.split(), data, *other), "cache was made with vae")
+    shutil.rmtree(tmp_path / "forcing")
     refused(call("train.py", *flags.split(), "nowhere"), "nowhere is neither a folder nor a pattern")
 
 

@@ -16,13 +16,11 @@ Each stage writes OUT/STAGE: config.json and safetensors (EMA weights, what samp
 made_with.json (all that its result depends on; a folder begun with other things is refused),
 training_state.pt (what a restart needs), log.jsonl (a line a step) and pictures, the teacher's above.
 
-Sections: 1 configurations - 2 stages - 3 what a stage works with - 4 the loop, what is on disk, the optimiser
-- 5 command line.
+Sections: 1 configurations - 2 stages - 3 what a stage needs - 4 the loop, its parts, the command line.
 """
 
 import argparse
 import copy
-import glob
 import json
 import math
 import os
@@ -181,6 +179,7 @@ STAGES = {
 }
 # fmt: on
 CHAIN = tuple(STAGES)
+STUDENT = ("pattern", "padding_tokens", "local_enhancement")  # flags by which it differs from its teacher
 QUICK = dict.fromkeys(("forcing", "kd"), dict(steps=120, pictures=1_000))  # --quick: worse pictures, soon
 
 
@@ -203,26 +202,23 @@ def noise_schedule(model):
 
 def noise_weight(schedule, t, amplitude):
     """What the error of each image in equation 8 is weighed by, (B, 1, 1, 1): 1 / sqrt(SNR), cut to [1, 8].
-
     Not the paper's: without it the small teacher learns last what is where and which colour is whose.
     amplitude: how much a picture's features stand out from the noise, beside latents of deviation 1 at base
-    size: a shape of m times the size m times as well. 0: every image weighs 1.
-    """
+    size: a shape of m times the size m times as well. 0: every image weighs 1."""
     alpha_bar = schedule.alphas_cumprod.to(t.device)[t]
     snr = amplitude**2 * alpha_bar / (1 - alpha_bar)
     return (snr.rsqrt().clamp(1.0, 8.0) if amplitude else torch.ones_like(snr))[:, None, None, None]
 
 
 # ---------------------------------------------------------------------------------------------------
-# 3. What a stage works with
+# 3. What a stage needs
 # ---------------------------------------------------------------------------------------------------
 
 
 def finished(folder):
     """Is there a model in it that is not half trained?"""
-    state = read_state(folder, mmap=True)
-    there = os.path.exists(os.path.join(folder, "config.json"))
-    return there and (state is None or state["step"] >= state["steps"])
+    state = read_state(folder, mmap=True) or dict(step=0, steps=0)
+    return os.path.exists(os.path.join(folder, "config.json")) and state["step"] >= state["steps"]
 
 
 def find_teacher(args):
@@ -294,20 +290,15 @@ def resolve(name, args):
     record["starts_from"] = files.fingerprint(start) if start else None
     if STAGES[name].loss != "noise":
         teacher = find_teacher(args)
-        record |= dict(teacher=files.fingerprint(teacher), **student_shape(args))
-    for flag in dict(kd=("init", "soft_weight", "mixer_weight"), adapt=("pos_embed",)).get(name, ()):
-        record[flag] = getattr(args, flag)
+        record["teacher"] = files.fingerprint(teacher)
+    flags = dict(forcing=STUDENT, kd=(*STUDENT, "init", "soft_weight", "mixer_weight"), adapt=("pos_embed",))
+    record |= {flag: getattr(args, flag) for flag in flags.get(name, ())}
     if first == "forcing":  # of another student or teacher it is no beginning of this kd
         beginning = os.path.join(args.out, first)
-        shared = {key: record[key] for key in ("teacher", *student_shape(args))}
+        shared = {key: record[key] for key in ("teacher", *STUDENT)}
         files.claim(beginning, files.read_json(os.path.join(beginning, "made_with.json")) | shared)
     found = dict(folder=os.path.join(args.out, name), start=start, teacher=teacher, **paths)
     return types.SimpleNamespace(name=name, stage=STAGES[name], settings=chosen, record=record, **found)
-
-
-def student_shape(args):
-    """The arguments in which a student differs from its teacher."""
-    return {key: getattr(args, key) for key in ("pattern", "padding_tokens", "local_enhancement")}
 
 
 def start_model(job, args):
@@ -321,7 +312,7 @@ def start_model(job, args):
         changes = changes | dict(pos_embed=args.pos_embed)
     model = t2md.load_backbone(job.start, **changes)
     if job.teacher and job.start == job.teacher:  # the student's beginning
-        shape = {key: value for key, value in student_shape(args).items() if value}  # with DiM's or without
+        shape = {key: getattr(args, key) for key in STUDENT if getattr(args, key)}  # with DiM's or without
         model = t2md.student_of(model, llama=job.name == "kd" and args.init == "llama", **shape)
         if job.name == "kd" and args.init == "scratch":
             model = type(model)(**model.arguments())
@@ -379,9 +370,7 @@ def open_data(job, args, vae, text_encoder, base):
 
 def batches(job, args, first):
     """From step `first` on: (multiple of the base size, how many batches of that size came before, images).
-
-    The shares of a stage are of its images: larger ones come in smaller batches, and so more often.
-    """
+    The shares of a stage are of its images: larger ones come in smaller batches, and so more often."""
     sizes, seen = job.settings["sizes"], {}
     images = {m: max(1, job.settings["batch_size"] // m**2) for m in sizes}
     weights = torch.tensor([share / images[m] for m, share in sizes.items()])
@@ -416,7 +405,7 @@ def example_painter(job, args, teacher, vae, text_encoder, data, base):
 
 
 # ---------------------------------------------------------------------------------------------------
-# 4. The loop, what is on disk, the optimiser
+# 4. The loop; then its parts: what is on disk, the optimiser; the command line
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -485,9 +474,8 @@ def train_stage(job, args):
             ema.step(model.parameters())
         model.zero_grad(set_to_none=True)
         if skipped == 10:
-            why = f"loss or gradient was not finite ten steps in a row (step {step})"
-            kept = "the last checkpoint is as it was. Try a smaller --lr"
-            raise FloatingPointError(f"{job.name}: {why}; {kept}")
+            why = f"{job.name}: loss or gradient was not finite ten steps in a row (step {step})"
+            raise FloatingPointError(f"{why}; the last checkpoint is as it was. Try a smaller --lr")
         # 6. What is said of it.
         seconds, terms = round(time.time() - began, 4), dict(zip(terms, values))
         line = dict(step=step, **terms, gradient=norm, lr=rate, skipped=skipped > 0, seconds=seconds)
@@ -510,8 +498,7 @@ def train_stage(job, args):
         for reason, count in images.skipped.items():
             print(f"{job.name}: {count} images skipped at {m * base} px: {reason}")
         cut = max(cut, images.text_encoder.cut if images.text_encoder else 0)
-    if cut:
-        print(f"{job.name}: {cut} captions were longer than the text encoder takes, and cut")
+    print(f"{job.name}: {cut} captions were longer than the text encoder takes\n" * (cut > 0), end="")
     print(f"{job.name}: step {config['steps']} is done, the model and its pictures are in {folder}")
 
 
@@ -570,9 +557,8 @@ def open_log(folder, done):
     """log.jsonl, opened to go on after `done` lines: those of steps that were lost are taken back."""
     path = os.devnull if RANK else os.path.join(folder, "log.jsonl")
     if not RANK:
-        for stale in glob.glob(os.path.join(glob.escape(folder), ".*-*")):  # of a save that was killed
-            shutil.rmtree(stale, ignore_errors=True)
-            pathlib.Path(stale).unlink(missing_ok=True)
+        for stale in pathlib.Path(folder).glob(".*-*"):  # of a save that was killed
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         lines = open(path, encoding="utf-8", errors="replace").readlines() if os.path.exists(path) else []
         files.write_text(path, "".join(lines[:done]))
     return open(path, "a")
@@ -608,10 +594,8 @@ def orthogonalise(x, steps=5):
 
 def new_optimizers(model, config, faster):
     """AdamW, and where the settings say so Muon on the matrices of the blocks -> [optimiser].
-
     Weights decay; A_log, D and dt_bias do not (mamba-ssm marks them so), nor do biases, norms and tables.
-    Each group's base_lr is its rate at the peak.
-    """
+    Each group's base_lr is its rate at the peak."""
     fast = {id(p) for module in faster for p in module.parameters()}
     groups = {}  # (muon, rate, weight decay) -> parameters
     for name, p in model.named_parameters():
@@ -647,11 +631,6 @@ def sum_over_processes(tensors):
             tensor.copy_(total.view_as(tensor))
 
 
-# ---------------------------------------------------------------------------------------------------
-# 5. Command line
-# ---------------------------------------------------------------------------------------------------
-
-
 def run(args):
     """What --stage names, and first whatever it needs."""
     if WORLD > 1 and not dist.is_initialized():
@@ -661,9 +640,8 @@ def run(args):
         files.start_processes(args.out)
     names = stages_to_run(args)
     for name in names:
-        plan = settings(name, args)
-        fewest = max(1, plan["batch_size"] // max(plan["sizes"]) ** 2)
-        if fewest < WORLD:
+        fewest = settings(name, args)["batch_size"] // max(settings(name, args)["sizes"]) ** 2
+        if max(1, fewest) < WORLD:
             why = f"{fewest} images of its largest size cannot be shared by {WORLD} processes"
             raise ValueError(f"{name}: {why}; give a larger --batch-size")
     print(f"{' then '.join(names)}, into {args.out}")
