@@ -133,9 +133,7 @@ class ImageData:
         self.permutation = functools.lru_cache(maxsize=4 * len(self.buckets))(self.permutation)
         self.decoders, self.decoding = concurrent.futures.ThreadPoolExecutor(), {}
         if cache:
-            self.open_shard = functools.lru_cache(maxsize=64)(
-                lambda path: safe_open(path, "pt")
-            )  # each is a memory map
+            self.open_shard = functools.lru_cache(maxsize=64)(self.open_shard)  # each is a memory map
             made_with = dict(vae=vae.source, text_encoder=text_encoder.source)
             files.claim(cache, {part: files.fingerprint(source) for part, source in made_with.items()})
             self.fill_cache()
@@ -202,6 +200,12 @@ class ImageData:
         return features.float().cpu(), mask.cpu()
 
     # the cache: files of SHARD captions, or images of one bucket
+
+    def open_shard(self, path):
+        try:
+            return safe_open(path, "pt")
+        except Exception as error:  # a SafetensorError that does not name it
+            raise ValueError(f"{path} is damaged ({error}); remove it, and it is made again") from error
 
     def shard(self, kind, entry):
         return os.path.join(self.cache, f"{kind}-{self.index.digest}-{entry // SHARD:05}.safetensors")

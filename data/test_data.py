@@ -442,6 +442,10 @@ def test_the_cache_goes_on_where_it_was_cut_off_and_opens_few_files(tmp_path, co
     data = small(tmp_path, components, str(features))
     assert hashes(features) == made
     assert data.open_shard.cache_info().currsize == 0 and data.open_shard.cache_info().maxsize <= 100
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match="broken.safetensors is damaged"):
+        data.open_shard(str(broken))
     load(tmp_path / "folder", 64, *components(tmp_path), cache=str(features))  # sizes share a folder
     assert made.items() < hashes(features).items()
     vae, text_encoder = components(tmp_path)
