@@ -1678,7 +1678,7 @@ def test_nodes_that_share_no_folder_are_told_so(tmp_path):
         nodes.append(subprocess.Popen([sys.executable, *flags], **pipes))
     for node in nodes:
         _, error = node.communicate(timeout=120)
-        assert node.returncode == 1 and "is not one folder for all processes" in error, error
+        assert node.returncode and "is not one folder for all processes" in error, error
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 

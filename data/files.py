@@ -70,6 +70,7 @@ def start_processes(folder):
     if not RANK:
         os.remove(mark)
     if not all(seen):
+        dist.destroy_process_group()
         which = "is not one folder for all processes; on several nodes it must be shared"
         raise ValueError(f"--out {folder} {which}")
     if RANK:
