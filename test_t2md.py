@@ -1682,6 +1682,36 @@ def test_nodes_that_share_no_folder_are_told_so(tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+def test_no_backend_is_named(monkeypatch, tmp_path):
+    """So that tensors of the CPU and of a GPU each have their own."""
+    started = mock.Mock(side_effect=InterruptedError)
+    monkeypatch.setattr(files.dist, "init_process_group", started)
+    with pytest.raises(InterruptedError):
+        files.start_processes(str(tmp_path))
+    assert not started.call_args.args and "backend" not in started.call_args.kwargs
+
+
+def test_previews_are_cheap_at_full_size(monkeypatch, tmp_path):
+    """In the training dtype, folded, four of them, at the base size unless asked; as of hires2 of the paper's
+    configuration, whose base size is a quarter of what it trains at."""
+    drawn = []
+
+    def generate_all(model, vae, encoder, captions, size, seed, **flags):
+        fused = {type(m.fuse) for m in (block.mixer for block in model.blocks) if isinstance(m, MambaMixer)}
+        drawn.append((model.patch_embed.weight.dtype, fused, len(captions), size))
+        return [Image.new("RGB", (8, 8))] * len(captions)
+
+    monkeypatch.setattr(sample, "generate_all", generate_all)
+    monkeypatch.setattr(sample, "encode_first", lambda *_: None)
+    data = {4: types.SimpleNamespace(prompts=["a star"] * 9)}
+    for flags, side in (("", 512), ("--example-size 2048", 2048)):
+        args = arguments(f"--config t2md --stage hires2 --dtype bfloat16 --device cpu {flags}")
+        job = types.SimpleNamespace(settings=train.settings("hires2", args))
+        show = train.example_painter(job, args, None, None, None, data, 512)
+        show(T2MD(pattern="SHW", **TINY), str(tmp_path / "a.png"))
+        assert drawn[-1] == (torch.bfloat16, {torch.nn.Identity}, 4, (side, side))
+
+
 def test_batches_are_checked_against_processes_first(monkeypatch, tmp_path):
     """256 images at base size are 16 of 2048 px, too few for 32 processes; nothing has been looked at yet."""
     monkeypatch.setattr(train, "WORLD", 32)
