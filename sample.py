@@ -153,8 +153,10 @@ def make_scheduler(beta_schedule):
 
 def size_conditions(model, height, width, batch):
     """PixArt-1024's conditions for pixels height x width, or none."""
+    if not model.conditioned_on_size:
+        return {}
     sizes = torch.tensor([[height, width, height / width]] * batch, device=model.device, dtype=model.dtype)
-    return dict(resolution=sizes[:, :2], aspect_ratio=sizes[:, 2:]) if model.conditioned_on_size else {}
+    return dict(resolution=sizes[:, :2], aspect_ratio=sizes[:, 2:])
 
 
 def upsample_guidance(predict, z_t, t, noise, alphas_cumprod, m):

@@ -353,16 +353,15 @@ def load_networks(job, args):
 
 def open_data(job, args, vae, text_encoder, base):
     """{multiple of the base size: its ImageData}; the shapes world is drawn, and encoded once."""
-    data, cache, config = {}, args.cache, job.settings
+    data, source, cache, config = {}, args.data, args.cache, job.settings
+    if args.data == "shapes" and not cache:
+        encoders = files.slug("features {vae} {text_encoder}".format(**job.record))
+        cache = os.path.join(args.out, encoders)
     for m in config["sizes"]:
-        source = args.data
-        if source == "shapes":
-            encoder = "-".join(files.fingerprint(part.source)[:8] for part in (vae, text_encoder))
-            cache = args.cache or os.path.join(args.out, f"features-{encoder}")
+        if args.data == "shapes":
             count = min(config["pictures"], config["steps"] * config["batch_size"])
             folder = os.path.join(args.out, "pictures", f"{m * base}px-{count}-seed{args.seed}")
-            with files.rank_zero_first():
-                source = shapes.write_shards(folder, m * base, count, args.seed)
+            source = shapes.write_shards(folder, m * base, count, args.seed)
         index = os.path.join(args.out, "index")
         data[m] = ImageData(source, m * base, vae, text_encoder, args.seed, index, cache)
     return data
