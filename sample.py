@@ -85,11 +85,11 @@ def first_step(scheduler, renoise):
     return min(int((scheduler.timesteps > renoise).sum()), len(scheduler.timesteps) - 1)
 
 
-def sizes_on_the_way(size, trained, multiple):
+def sizes_on_the_way(size, known, multiple):
     """The sizes (width, height) in pixels at which progressive sampling makes a picture of `size`: up to 1.5
-    times the `trained` side that alone; beyond, first the trained area in the same shape, both sides
-    multiples of `multiple`, then doubled, the last time by what remains."""
-    factor = (size[0] * size[1]) ** 0.5 / trained
+    times the `known` side that alone; beyond, first the known area in the same shape, both sides multiples
+    of `multiple`, then doubled, the last time by what remains."""
+    factor = (size[0] * size[1]) ** 0.5 / known
     if factor <= 1.5:
         return [size]
     first = [max(1, round(side / factor / multiple)) * multiple for side in size]
@@ -103,18 +103,18 @@ def generate(model, vae, text_encoder, prompts, size, seeds, steps=20, guidance=
     """Prompts and seeds (one each per image) -> PIL images of size (width, height), pixels, both multiples of
     vae.factor * patch_size. guidance, guidance_interval and renoise are the model config's if None.
 
-    Far above the trained size progressively, in pixel space (not in the paper; relatives: SDEdit,
-    DiffuseHigh): the picture is made at the trained size, which knows the layout, decoded, enlarged, encoded,
-    noised up to the timestep `renoise` and denoised from there. If `direct`, or with `upscale`, as the paper
-    does: from noise at the full size.
+    Far above the model's start_size progressively, in pixel space (not in the paper; relatives: SDEdit,
+    DiffuseHigh): the picture is made at that size, decoded, enlarged, encoded, noised up to the timestep
+    `renoise` and denoised from there. If `direct`, or with `upscale`, as the paper: from noise at full size.
     """
     config, picture, pixels = model.config, None, None
     settings = dict(guidance=guidance, guidance_interval=guidance_interval, renoise=renoise)
     settings = {name: config[name] if value is None else value for name, value in settings.items()}
     settings |= dict(steps=steps, pixels_per_latent=vae.factor, upscale=upscale, progress=progress)
     text, unconditional = text_encoder(prompts), text_encoder([negative] * len(prompts))
-    way = sizes_on_the_way(size, config.sample_size * vae.factor, config.patch_size * vae.factor)
-    for level, (width, height) in enumerate([size] if direct or upscale > 1 else way):
+    known, multiple = (config.start_size or config.sample_size) * vae.factor, config.patch_size * vae.factor
+    way = [size] if direct or upscale > 1 else sizes_on_the_way(size, known, multiple)
+    for level, (width, height) in enumerate(way):
         shape = vae.channels, height // vae.factor, width // vae.factor
         noise = [files.noise_for(seed, *shape, level) for _, seed in zip(prompts, seeds, strict=True)]
         if level:

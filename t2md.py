@@ -561,7 +561,8 @@ class T2MD(ModelMixin, ConfigMixin):
             twice as large with twice the scale has the same; max(sample_size // 64, 1) if None, as diffusers.
         use_additional_conditions: PixArt 1024's size and aspect embeddings; True at sample_size 128 if None.
         beta_schedule: "linear" (teacher) or "scaled_linear" (quadratic, after adaptation), for the sampler.
-        renoise: timestep that the sampler goes back to with an enlarged picture, far above the trained size.
+        start_size, renoise: latent side at which progressive sampling begins (sample_size if None), and the
+            timestep that it goes back to with an enlarged picture.
         guidance, guidance_interval: classifier-free guidance, and the timestep below which there is none.
         vae, text_encoder: what it was trained with: folder (relative to the checkpoint's own) or repository.
     """
@@ -574,8 +575,8 @@ class T2MD(ModelMixin, ConfigMixin):
     def __init__(self, pattern="SHWHWHW" * 4, width=1152, heads=16, mlp_ratio=4, patch_size=2, in_channels=4,
                  out_channels=4, caption_width=4096, d_state=256, expand=2, head_dim=64, d_conv=4, n_groups=1,
                  chunk_size=256, pos_embed="centered", sample_size=64, interpolation_scale=None,
-                 use_additional_conditions=None, beta_schedule="linear", renoise=500, guidance=4.5,
-                 guidance_interval=0, vae=None, text_encoder=None):
+                 use_additional_conditions=None, beta_schedule="linear", start_size=None, renoise=500,
+                 guidance=4.5, guidance_interval=0, vae=None, text_encoder=None):
         # fmt: on
         super().__init__()
         self.base = sample_size // patch_size  # tokens along a side at the base resolution
@@ -821,9 +822,8 @@ def student_of(teacher, pattern, llama=False, **overrides):
     llama: Mamba too starts from the attention, see `copy_attention`.
     """
     arguments = teacher.arguments()
-    if len(pattern) != len(arguments["pattern"]):
-        blocks = f"{len(pattern)} letters, but the teacher has {len(arguments['pattern'])} blocks"
-        raise ValueError(f"pattern {pattern!r} has {blocks}")
+    if len(pattern) != (blocks := len(teacher.blocks)):
+        raise ValueError(f"{pattern} has {len(pattern)} letters, but the teacher has {blocks} blocks")
     if llama:
         head = teacher.config.width // teacher.config.heads
         overrides |= dict(expand=1, d_state=head, head_dim=head, n_groups=teacher.config.heads)

@@ -21,6 +21,7 @@ Sections: 1 configurations - 2 stages - 3 what a stage needs - 4 the loop, its p
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import os
@@ -107,12 +108,14 @@ SMALL = dict(
     weight_decay=0.0,
     muon=True,  # learns faster at this size
     clip=1.0,
-    pictures=20_000,  # of the shapes world, per size
+    pictures=20_000,  # of the shapes world, of a stage's largest size; of half that size twice as many
+    ratios=("1.0",),  # height / width of the pictures, by the names of diffusers' buckets
     examples=12,
     example_size=None,
     save_every=500,
     save_minutes=2,
 )
+RATIOS = ("1.0", "0.78", "1.29", "0.57", "1.75")  # 4:3 and 16:9, both ways
 SETTINGS = {"t2md": PIXART, "shapes": PIXART | SMALL}
 
 # ---------------------------------------------------------------------------------------------------
@@ -162,19 +165,20 @@ STAGES = {
     "adapt": Stage(
         after="kd", trains="everything", faster="ends", loss="noise", swaps=True,
         changes=dict(pos_embed="centered", beta_schedule="scaled_linear"),
-        shapes=dict(steps=6000, new_lr=4e-3, snr_weight=0.5, pictures=8_000,
+        shapes=dict(steps=6000, lr=2e-3, new_lr=4e-3, snr_weight=0.5, ratios=RATIOS,
                     warmup=400,  # what the blocks know survives until the new ends have learned
                     timesteps=(640, 240),  # the quadratic schedule moves layout to later timesteps
                     sampler=dict(guidance_interval=700)),
         t2md=dict(steps=100_000)),
     "hires1": Stage(
         after="adapt", trains="everything", loss="noise",
-        shapes=dict(steps=3500, sizes={2: 0.8, 1: 0.2}, timesteps=(700, 230), pictures=2_500),
+        shapes=dict(steps=2400, lr=2e-3, sizes={2: 0.8, 1: 0.2}, timesteps=(640, 260), pictures=5_000,
+                    ratios=RATIOS, sampler=dict(start_size=16)),
         t2md=dict(steps=40_000, sizes={2: 0.8, 1: 0.2})),  # "the ratio for 1024 data is 80%"
     "hires2": Stage(
         after="hires1", trains="everything", loss="noise",
-        shapes=dict(steps=8000, batch_size=64, sizes={4: 1.0}, snr_weight=0.5, timesteps=(800, 200),
-                    pictures=2_000),
+        shapes=dict(steps=2500, batch_size=64, lr=2e-3, snr_weight=0.5, pictures=2_500, ratios=RATIOS,
+                    sizes={4: 0.1, 2: 0.15, 1: 0.75}),  # of the steps .55, .2 and .25
         t2md=dict(steps=20_000, sizes={4: 1.0})),
 }
 # fmt: on
@@ -240,8 +244,7 @@ def stages_to_run(args):
     if args.stage == "all":
         return [n for n in trained if not finished(os.path.join(args.out, n))]
     if args.stage not in trained:
-        teacher = CONFIGS[args.config]["teacher"]
-        raise ValueError(f"--config {args.config} starts from {teacher}, it trains no {args.stage}")
+        raise ValueError(f"it starts from {CONFIGS[args.config]['teacher']}, it trains no {args.stage}")
     names = [args.stage]
     while (name := before(names[0], args)) is not None:
         folder = find_teacher(args) if name == "teacher" else os.path.join(args.out, name)
@@ -355,40 +358,40 @@ def open_data(job, args, vae, text_encoder, base):
     """{multiple of the base size: its ImageData}; the shapes world is drawn, and encoded once."""
     data, source, cache, config = {}, args.data, args.cache, job.settings
     if args.data == "shapes" and not cache:
-        encoders = files.slug("features {vae} {text_encoder}".format(**job.record))
-        cache = os.path.join(args.out, encoders)
+        cache = os.path.join(args.out, files.slug("features {vae} {text_encoder}".format(**job.record)))
     for m in config["sizes"]:
         if args.data == "shapes":
-            count = min(config["pictures"], config["steps"] * config["batch_size"])
-            folder = os.path.join(args.out, "pictures", f"{m * base}px-{count}-seed{args.seed}")
-            source = shapes.write_shards(folder, m * base, count, args.seed)
+            ratios, most = config["ratios"], config["pictures"] * max(config["sizes"]) // m
+            count = min(most, config["steps"] * config["batch_size"])
+            folder = os.path.join(args.out, "pictures", f"{m * base}px-{count}-{len(ratios)}-seed{args.seed}")
+            source = shapes.write_shards(folder, m * base, count, args.seed, ratios)
         index = os.path.join(args.out, "index")
         data[m] = ImageData(source, m * base, vae, text_encoder, args.seed, index, cache)
     return data
 
 
-def batches(job, args, first):
-    """From step `first` on: (multiple of the base size, how many batches of that size came before, images).
+def batches(job, args, data, first):
+    """From step `first` on: (multiple of the base size, [(image, one of its size's next batch)]).
     The shares of a stage are of its images: larger ones come in smaller batches, and so more often."""
-    sizes, seen = job.settings["sizes"], {}
+    sizes = job.settings["sizes"]
     images = {m: max(1, job.settings["batch_size"] // m**2) for m in sizes}
     weights = torch.tensor([share / images[m] for m, share in sizes.items()])
+    orders = {m: itertools.pairwise(data[m].order(images[m])) for m in sizes}
     for step in range(job.settings["steps"]):
-        m = next(iter(sizes))
-        if len(sizes) > 1:
-            generator = files.generator(args.seed, job.name, step, -1)
-            m = list(sizes)[int(torch.multinomial(weights, 1, generator=generator))]
+        generator = files.generator(args.seed, job.name, step, -1)
+        m = list(sizes)[int(torch.multinomial(weights, 1, generator=generator))]
+        chosen = list(zip(*next(orders[m])))
         if step >= first:
-            yield m, seen.get(m, 0), images[m]
-        seen[m] = seen.get(m, 0) + 1
+            yield m, chosen
 
 
 def example_painter(job, args, teacher, vae, text_encoder, data, base):
     """show(model, path): a contact sheet of --examples pictures; above a student's, its teacher's."""
-    prompts, side = data[min(data)].prompts, job.settings["example_size"] or base * max(data)
+    images, side = data[min(data)], job.settings["example_size"] or base * max(data)
+    captions = [images.caption(k) for k in range(min(job.settings["examples"], len(images.rows)))]
     if args.example_prompts:
         prompts = [record["prompt"] for record in sample.read_prompts(args.example_prompts)]
-    captions = [prompts[k] for k in range(min(job.settings["examples"], len(prompts)))]
+        captions = prompts[: job.settings["examples"]]
     encoded = sample.encode_first(text_encoder, ["", *captions])  # the device's is the data's alone
     rows = []
     if teacher and captions and not RANK:
@@ -426,14 +429,14 @@ def train_stage(job, args):
     first = resume(folder, model, ema, optimizers)
     log, saved, skipped, told_to_stop = open_log(folder, first), time.time(), 0, []
     default = signal.signal(signal.SIGTERM, lambda *_: told_to_stop.append(True))
-    bar = progress(batches(job, args, first), job.name, config["steps"], initial=first)
-    for step, (m, turn, images) in enumerate(bar, first):
-        began, terms = time.time(), {}
+    bar = progress(batches(job, args, data, first), job.name, config["steps"], initial=first)
+    for step, (m, chosen) in enumerate(bar, first):
+        began, terms, images = time.time(), {}, len(chosen)
         # 1. This process's share of the batch. All that is random in image i is a function of (seed, stage,
         # step, i), so it depends neither on restarts nor on how many processes there are.
         for part in torch.arange(RANK, images, WORLD).split(args.micro_batch or images):
             generators = [files.generator(args.seed, job.name, step, i) for i in part.tolist()]
-            batch = data[m].batch(turn, part.tolist(), images, generators, config["timesteps"])
+            batch = data[m].batch([chosen[i] for i in part], generators, config["timesteps"])
             batch = {key: value.to(device) for key, value in batch.items()}
             # 2. The forward process (equation 1).
             noise, t = batch["noise"], batch["t"]
@@ -480,9 +483,8 @@ def train_stage(job, args):
         line = dict(step=step, **terms, gradient=norm, lr=rate, skipped=skipped > 0, seconds=seconds)
         print(json.dumps(line), file=log, flush=True)
         loss = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
-        bar.set_postfix_str(
-            f"{loss}, lr {rate:.2g}, {images / max(seconds, 1e-4):.0f} images/s", refresh=False
-        )
+        rates = f"lr {rate:.2g}, {images / max(seconds, 1e-4):.0f} images/s"
+        bar.set_postfix_str(f"{loss}, {rates}", refresh=False)
         # 7. The checkpoint; told to stop, the last one.
         done, regular = step + 1, (step + 1) % config["save_every"] == 0 or step + 1 == config["steps"]
         if regular or late or stop:
@@ -490,8 +492,7 @@ def train_stage(job, args):
             save(folder, model, ema, optimizers, done, config["steps"], paint)
             saved = time.time()
         if stop:
-            kept = f"saved after step {done}; the same command continues from there"
-            sys.exit(f"{job.name}: told to stop; {kept}")
+            sys.exit(f"{job.name}: told to stop; saved after step {done}; the same command goes on")
     signal.signal(signal.SIGTERM, default)
     for m, images in data.items():
         for reason, count in images.skipped.items():

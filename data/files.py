@@ -1,6 +1,5 @@
 """Files and seeds: nothing that exists is ever lost, every random draw is a function of its place."""
 
-import concurrent.futures
 import contextlib
 import ctypes
 import datetime
@@ -9,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import pathlib
 import re
 import socket
 import sys
@@ -60,9 +60,9 @@ def start_processes(folder):
     """Under torchrun: meet the others, and see that `folder` is one for all, on whichever node they are."""
     # Each device has its own backend; a week: others wait while the first process draws, encodes or saves.
     dist.init_process_group(timeout=datetime.timedelta(days=7))
-    name, seen = [uuid.uuid4().hex], [None] * WORLD
+    name, seen = [f".{uuid.uuid4().hex}"], [None] * WORLD
     dist.broadcast_object_list(name)
-    mark = os.path.join(folder, f".{name[0]}")
+    mark = os.path.join(folder, *name)
     with rank_zero_first():
         if not RANK:
             write_text(mark, "")
@@ -71,8 +71,7 @@ def start_processes(folder):
         os.remove(mark)
     if not all(seen):
         dist.destroy_process_group()
-        which = "is not one folder for all processes; on several nodes it must be shared"
-        raise ValueError(f"--out {folder} {which}")
+        raise ValueError(f"{folder} is not one folder for all processes; on several nodes it must be shared")
     if RANK:
         sys.stdout = open(os.devnull, "w")
 
@@ -82,16 +81,9 @@ def write_atomically(path, write):
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{name}.{socket.gethostname()}-{os.getpid()}.tmp")
-    with contextlib.suppress(OSError):
-        os.remove(temporary)  # of a killed process of this number
     try:
         write(temporary)
         os.replace(temporary, path)
-    except RuntimeError as error:  # what torch.save makes of a full disk
-        if isinstance(error, concurrent.futures.BrokenExecutor):
-            raise
-        reason = str(error).splitlines()[0]
-        raise OSError(f"{path} could not be written ({reason}); what was there is as it was") from error
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
@@ -140,16 +132,14 @@ def fingerprint(path_or_repo):
     own name."""
     if not os.path.isdir(path_or_repo):
         return path_or_repo
-    digest = hashlib.sha256()
-    for folder, subfolders, names in os.walk(path_or_repo):
-        subfolders.sort()
-        for name in sorted(names):
-            config = name.endswith("config.json") or name in ("tokenizer.json", "spiece.model")
-            if config or name.endswith((".safetensors", ".bin")):
-                path = os.path.join(folder, name)
-                status = os.stat(path)
-                content = file_digest(path, status.st_size, status.st_mtime_ns)
-                digest.update(f"{os.path.relpath(path, path_or_repo)} {content}".encode())
+    digest, kinds = (
+        hashlib.sha256(),
+        ("config.json", "tokenizer.json", "spiece.model", ".safetensors", ".bin"),
+    )
+    for path in sorted(pathlib.Path(path_or_repo).rglob("*")):
+        if path.name.endswith(kinds):
+            content = file_digest(path, path.stat().st_size, path.stat().st_mtime_ns)
+            digest.update(f"{path.relative_to(path_or_repo)} {content}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -177,10 +167,8 @@ def lock(folder):
         if not RANK:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"{folder} is in use by another run; wait for it, or give another folder"
-                ) from None
+            except BlockingIOError as error:
+                raise ValueError(f"{folder} is in use by another run; wait, or give another") from error
             except OSError:  # some network drives have no locks
                 pass
         yield

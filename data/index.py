@@ -11,6 +11,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import pathlib
 import re
 import sqlite3
 import sys
@@ -24,9 +25,9 @@ from tqdm import tqdm
 
 from data.files import RANK, rank_zero_first, write_atomically
 
-METADATA = ("metadata.jsonl", "metadata.csv")
 PACKED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}  # how such files begin
-HEADERS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP")  # whose header says at which size they are seen
+UTF8 = dict(encoding="utf-8-sig", errors="surrogateescape")
+NO_RECORD = (ValueError, KeyError, TypeError, AttributeError, RecursionError, StopIteration)
 TABLES = """PRAGMA journal_mode = off; PRAGMA synchronous = off; BEGIN;
 CREATE TABLE captions (number INTEGER PRIMARY KEY, text TEXT UNIQUE); INSERT INTO captions VALUES (0, '');
 CREATE TABLE images (file BLOB, offset INT, length INT, height INT, width INT, caption INT);
@@ -34,9 +35,8 @@ CREATE TABLE about (skipped TEXT);"""
 INSERT = "INSERT INTO images VALUES (?, ?, ?, ?, ?, (SELECT number FROM captions WHERE text = ?))"
 
 # refreshed once a second, in a log file once a minute
-progress = functools.partial(
-    tqdm, disable=RANK > 0, mininterval=1 if sys.stderr.isatty() else 60, maxinterval=60
-)
+refreshed = dict(mininterval=1 if sys.stderr.isatty() else 60, maxinterval=60)
+progress = functools.partial(tqdm, disable=RANK > 0, **refreshed)
 csv.field_size_limit(2**31 - 1)
 
 
@@ -47,78 +47,38 @@ class Skip(Exception):
 def in_processes(function, jobs, what):
     """Yields function(*job) of every job, in order, from as many processes as there are cores; a single job
     is done here. They are forked from a process that has only imported this module: no GPU, no threads."""
-    jobs, waiting = iter(progress(jobs, desc=what)), collections.deque()
-    first = list(itertools.islice(jobs, 2))
-    if len(first) < 2:
-        yield from itertools.starmap(function, first)
-        return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with concurrent.futures.ProcessPoolExecutor(min(os.cpu_count(), 32), mp_context=context) as pool:
-        for job in itertools.chain(first, jobs):
-            waiting.append(pool.submit(function, *job))
-            if len(waiting) > 64:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    jobs = iter(progress(jobs, desc=what))
+    with concurrent.futures.ProcessPoolExecutor(mp_context=context) as pool:
+        while some := list(itertools.islice(jobs, 64)):
+            yield from (pool.map if len(some) > 1 else map)(function, *zip(*some))
 
 
 def canonical(source):
     """A source of images as it is noted: one spelling of a folder, or of a pattern."""
-    source = os.path.expanduser(source)
-    if source == "shapes" or os.path.isdir(source):
-        return source if source == "shapes" else os.path.realpath(source)
-    return os.path.join(os.path.realpath(os.path.dirname(source)), os.path.basename(source))
-
-
-def expand(pattern):
-    """ "{08..10}.tar" -> 08.tar, 09.tar, 10.tar; "{a,b}.tar" -> a.tar, b.tar, as a shell does."""
-    braces = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
-    if not braces:
-        return [pattern]
-    first, last, words = braces.groups()
-    words = words.split(",") if words else [f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1)]
-    return [p for w in words for p in expand(pattern[: braces.start()] + w + pattern[braces.end() :])]
-
-
-def files_below(folder):
-    """All files below a folder; links are followed, no folder is entered twice, hidden ones not at all."""
-    entered = set()
-    for path, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(path) in entered:
-            folders[:] = names = []
-        entered.add(os.path.realpath(path))
-        folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
-        yield from (os.path.join(path, name) for name in sorted(names) if name[0] != ".")
+    return source if source == "shapes" else os.path.realpath(os.path.expanduser(source))
 
 
 def find_pieces(source):
     """Pieces, [(path of a shard,) or (records,)], and the files that tell whether a data set has changed.
 
     source: a folder with metadata.jsonl or metadata.csv (Hugging Face's imagefolder: file_name, and text or
-    caption), or of tar shards, or of images with a .txt beside each; a pattern of tar shards (WebDataset's).
+    caption), or of tar shards, or of images with a .txt beside each, whichever it has first; a pattern of tar
+    shards (WebDataset's). Links are followed, hidden files passed over.
     """
+    paths = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
     if os.path.isdir(source):
-        paths = [path for path in (os.path.join(source, name) for name in METADATA) if os.path.exists(path)]
-        shards = glob.glob(os.path.join(glob.escape(source), "*.tar")) if paths else []
-        if len(paths + shards[:1]) > 1:
-            both = " and ".join(map(os.path.basename, paths + shards[:1]))
-            raise ValueError(f"{source} holds both {both}; name what to read, like '{source}/*.tar'")
-        below = [] if paths else list(files_below(source))
+        inside = os.path.join(glob.escape(source), "")
+        paths = sorted(glob.glob(f"{inside}metadata.csv") + glob.glob(f"{inside}metadata.jsonl"))[-1:]
+        below = [] if paths else sorted(glob.glob(f"{inside}**/*", recursive=True))
         paths = paths or [path for path in below if re.search(r"\.(tar|tar\.\w+|tgz)$", path)]
         if not paths:
             return in_pieces(read_folder(below)), below
-        if any(path.endswith(".txt") for path in below):
-            raise ValueError(f"{source} holds both {paths[0]} and .txt files; name what to read")
-    else:
-        paths = []
-        for pattern in [source] if os.path.exists(source) else expand(source):
-            found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-            if not found:
-                raise ValueError(f"{pattern} is neither a folder nor a pattern that matches tar shards")
-            paths += found
+    if not paths:
+        raise ValueError(f"{source} is neither a folder nor a pattern (* ? [], no braces) of tar shards")
     if paths[0].endswith((".jsonl", ".csv")):
-        return in_pieces(record for path in paths for record in read_metadata(path)), paths
+        return in_pieces(read_metadata(paths[0])), paths
     return [(path,) for path in paths], paths
 
 
@@ -129,28 +89,28 @@ def in_pieces(records):
 # -- readers: each yields (file, caption[, offset, length, what to open]) of an image, or a Skip --
 
 
+def caption_of(record):
+    return (record.get("text") or record["caption"]).strip()
+
+
 def read_metadata(path):
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with open(path, newline="", **UTF8) as file:
         for record in csv.DictReader(file) if path.endswith(".csv") else filter(str.strip, file):
             try:
                 record = json.loads(record) if isinstance(record, str) else record
-                name, caption = record["file_name"], (record.get("text") or record["caption"]).strip()
+                name, caption = record["file_name"], caption_of(record)
                 outside = os.path.isabs(name) or ".." in name.split("/")
                 file = os.path.join(os.path.dirname(path), name)
                 yield Skip("a file outside the folder") if outside else (file, caption)
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            except NO_RECORD:
                 yield Skip("a line without file_name, or without text or caption")
 
 
 def read_folder(paths):
-    for path in paths:
-        stem, suffix = os.path.splitext(path)
-        if suffix.lower() in Image.registered_extensions():
-            try:
-                with open(f"{stem}.txt", encoding="utf-8-sig", errors="surrogateescape") as file:
-                    yield path, file.read().strip()
-            except OSError:
-                yield Skip("no .txt beside it")
+    for path in map(pathlib.Path, paths):
+        if path.suffix.lower() in Image.registered_extensions():
+            text = path.with_suffix(".txt")
+            yield (path, text.read_text(**UTF8).strip()) if text.exists() else Skip("no .txt beside it")
 
 
 def key_of(member):
@@ -166,10 +126,8 @@ def read_shard(path):
     seen = set()
     try:
         with open(path, "rb") as file:
-            packed = PACKED.get(file.read(2))
-        if packed:
-            yield Skip(f"a tar compressed with {packed}: uncompress it first")
-            return
+            if packed := PACKED.get(file.read(2)):
+                raise tarfile.ReadError(f"compressed with {packed}: uncompress it first")
         with tarfile.open(path, "r:") as tar:
             for key, members in itertools.groupby(filter(key_of, tar), key_of):
                 members = [(m.name.rpartition("/")[2].partition(".")[2].lower(), m) for m in members]
@@ -180,33 +138,16 @@ def read_shard(path):
                 seen.add(key)
                 try:
                     image = next(m for suffix, m in members if f".{suffix}" in Image.registered_extensions())
-                    text = tar.extractfile(parts.get("txt") or parts["json"]).read()
-                    text = text.decode("utf-8-sig", errors="surrogateescape")
-                    record = {"text": text} if "txt" in parts else json.loads(text)
-                    caption = (record.get("caption") or record["text"]).strip()
+                    text = tar.extractfile(parts.get("txt") or parts["json"]).read().decode(*UTF8.values())
+                    caption = caption_of({"text": text} if "txt" in parts else json.loads(text))
                     yield path, caption, image.offset_data, image.size, tar.extractfile(image)
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError, StopIteration):
+                except NO_RECORD:
                     yield Skip("no image, or no caption beside it")
     except (tarfile.TarError, OSError) as error:
         yield Skip(f"not a whole tar file ({error})")
 
 
 # -- the index -----------------------------------------------------------------------------------------------
-
-
-def seen_size(image):
-    """The (height, width) at which an opened image is seen; it is decoded only if its header cannot tell."""
-    late = image.format not in HEADERS  # a TIFF is turned as it is decoded, an icon changes its size
-    if image.format == "PNG" and "exif" not in image.info:  # how it is turned may stand behind the pixels
-        place = image.fp.tell()
-        image.fp.seek(max(place, image.fp.seek(0, os.SEEK_END) - 2**17))
-        late = re.search(rb"eXIf|tiff:Orientation|Raw profile type exif", image.fp.read())
-        image.fp.seek(place)
-    if late:
-        image.load()
-    # not a PNG's own getexif, which decodes it
-    turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    return image.size if turned else image.size[::-1]
 
 
 def list_images(piece):
@@ -222,14 +163,14 @@ def list_images(piece):
             if re.search("[\udc80-\udcff]", caption):  # what surrogateescape makes of other bytes
                 raise Skip("text that is not UTF-8")
             offset, length, opened = place or (0, os.path.getsize(file), file)
-            with Image.open(opened) as image:
-                height, width = seen_size(image)
+            with Image.open(opened) as image:  # not a PNG's own getexif, which decodes it
+                turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+                as_seen = not turned or image.format == "TIFF"
+                height, width = image.size[::-1] if as_seen else image.size
             caption = caption.encode(errors="replace").decode()  # half of an emoji is no text
             found.append((os.fsencode(file), offset, length, height, width, caption))
         except Skip as reason:
             skipped[str(reason)] += 1
-        except FileNotFoundError:
-            skipped["no such file"] += 1
         except Exception as error:  # decoders raise anything
             skipped[f"not readable as an image ({type(error).__name__})"] += 1
     return found, skipped
@@ -260,10 +201,8 @@ class Index:
 
     def __init__(self, source, folder):
         pieces, paths = find_pieces(canonical(source))
-        stamp = hashlib.sha256()
-        for path in paths:
-            stamp.update(f"{path!r} {os.path.getsize(path)} {os.stat(path).st_mtime_ns}".encode())
-        self.digest = stamp.hexdigest()[:16]
+        stamps = (f"{path!r} {os.path.getsize(path)} {os.stat(path).st_mtime_ns}" for path in paths)
+        self.digest = hashlib.sha256("".join(stamps).encode()).hexdigest()[:16]
         path = os.path.join(folder, f"index-{self.digest}.sqlite")
         with rank_zero_first():
             if not os.path.exists(path):

@@ -93,23 +93,20 @@ QUESTIONS = dict(shape=SHAPES, colour=("none", *COLOURS), number=NUMBERS, place=
 OPPOSITE = dict(zip(("none", *POSITIONS), ("none", "right of", "left of", "below", "above")))
 
 
-def word_labels(prompt):
+def word_labels(record):
     """What each word of a caption says of the object it belongs to, class indices (words, 4); -100: nothing.
 
     "a photo of a red circle and a blue square": both "red" and "circle" say (circle, red, one, no place).
     """
-    words, nouns = prompt.split(), {PLURAL[shape]: shape for shape in SHAPES} | dict(zip(SHAPES, SHAPES))
-    labels, begin = [[-100] * 4 for _ in words], 3  # after "a photo of"
-    where = next((p for p in POSITIONS if f" {p} " in prompt), "none")
-    for i, word in enumerate(words):
-        if word in nouns:
-            colour = next((w for w in words[begin:i] if w in COLOURS), "none")
-            number = next((w for w in words[begin:i] if w in NUMBERS), "one")
-            said = zip(QUESTIONS.values(), (nouns[word], colour, number, where))
-            label = [answers.index(answer) for answers, answer in said]
-            for j in range(i - (colour != "none" or number != "one"), i + 1):
-                labels[j] = label
-            begin, where = i + 1, OPPOSITE[where]  # the second object is on the other side of the first
+    *first, last = record["include"]
+    where = last.get("position", ["none"])[0]
+    places, labels = [*(OPPOSITE[where] for _ in first), where], []
+    for word in record["prompt"].split():
+        labels.append([-100] * 4)
+        for o, place in zip(record["include"], places):
+            if word in (o["class"], PLURAL[o["class"]], o.get("color"), NUMBERS[o["count"]]):
+                said = o["class"], o.get("color", "none"), NUMBERS[o["count"]], place
+                labels[-1] = [options.index(answer) for options, answer in zip(QUESTIONS.values(), said)]
     return labels
 
 
@@ -118,9 +115,9 @@ def text_loss(encoder, heads, tokenizer, name, step, batch_size, seed):
     cross-entropies of four linear heads, summed. Like the real T5 the encoder has then read captions before
     it sees a picture, and its tokens carry which colour and which place is whose."""
     generators = [numpy_generator(seed, name, step, i) for i in range(batch_size)]
-    prompts = [shapes.training_record(rng)["prompt"] for rng in generators]
-    tokens = tokenizer(prompts, padding="longest", return_tensors="pt")
-    labels = pad_sequence([torch.tensor(word_labels(p)) for p in prompts], True, -100)  # (B, words, 4)
+    records = [shapes.training_record(rng) for rng in generators]
+    tokens = tokenizer([r["prompt"] for r in records], padding="longest", return_tensors="pt")
+    labels = pad_sequence([torch.tensor(word_labels(r)) for r in records], True, -100)  # (B, words, 4)
     features = encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state[:, :-1]
     answers = [head(features).flatten(0, 1) for head in heads]
     return sum(F.cross_entropy(answer, labels[..., k].flatten()) for k, answer in enumerate(answers))

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data.files import claim, rank_zero_first, write_atomically
+from data.images import aspect_ratios
 from data.index import in_processes
 
 SHAPES = ("circle", "square", "star", "cross")
@@ -207,15 +208,16 @@ def score_shapes(image, record):
 
 
 # -- the world as a data set ---------------------------------------------------------------------------------
-def write_shard(path, numbers, pixels, seed):
+def write_shard(path, numbers, pixels, seed, ratios):
     """One tar file of pictures `numbers`, each as .png, .txt (its caption) and .json (its record)."""
+    sides = [tuple(map(int, aspect_ratios(pixels)[ratio]))[::-1] for ratio in ratios]
 
     def write(temporary):
         with tarfile.open(temporary, "w") as tar:
             for k in numbers:
                 rng = np.random.default_rng([seed, pixels, k])
                 record, png = training_record(rng), io.BytesIO()
-                draw_shapes(record, pixels, rng).save(png, "PNG")
+                draw_shapes(record, sides[k % len(sides)], rng).save(png, "PNG")
                 text, about = record["prompt"].encode(), json.dumps(record).encode()
                 for suffix, content in dict(png=png.getvalue(), txt=text, json=about).items():
                     info = tarfile.TarInfo(f"{k:08}.{suffix}")  # of 1970: the same bytes at any time
@@ -225,15 +227,15 @@ def write_shard(path, numbers, pixels, seed):
     write_atomically(path, write)
 
 
-def write_shards(folder, pixels, count, seed):
-    """The world as a WebDataset, `count` square training pictures, 1,000 a shard, drawn by all cores if not
-    there -> the glob of its shards. Picture k is a function of (seed, pixels, k).  Raises ValueError if
-    `folder` was made with other arguments."""
-    claim(folder, dict(pixels=pixels, count=count, seed=seed))
+def write_shards(folder, pixels, count, seed, ratios=("1.0",)):
+    """The world as a WebDataset, `count` training pictures, 1,000 a shard, drawn by all cores if not there
+    -> the glob of its shards. Picture k is a function of (seed, pixels, k), its sides those of the buckets
+    named `ratios` in turn.  Raises ValueError if `folder` was made with other arguments."""
+    claim(folder, dict(pixels=pixels, count=count, seed=seed, ratios=ratios))
     numbers = [range(count)[first : first + 1000] for first in range(0, count, 1000)]
     paths = [os.path.join(folder, f"{k:05}.tar") for k in range(len(numbers))]
     with rank_zero_first():
-        jobs = [(*job, pixels, seed) for job in zip(paths, numbers) if not os.path.exists(job[0])]
+        jobs = [(*job, pixels, seed, ratios) for job in zip(paths, numbers) if not os.path.exists(job[0])]
         if jobs:
             list(in_processes(write_shard, jobs, f"drawing {count} pictures of {pixels} px, 1,000 at a time"))
     return os.path.join(glob.escape(folder), "*.tar")

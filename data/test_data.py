@@ -1,6 +1,7 @@
 """What must hold of captioned images (found, seen, batched, cached), of files, of the shapes world."""
 
 import collections
+import concurrent.futures
 import errno
 import gzip
 import hashlib
@@ -8,11 +9,11 @@ import io
 import itertools
 import json
 import os
+import pathlib
 import struct
 import subprocess
 import sys
 import tarfile
-import threading
 import zlib
 
 import numpy as np
@@ -42,6 +43,10 @@ def load(source, pixels=128, vae=None, text_encoder=None, folder="index", cache=
     """folder: beside the source, whichever it is."""
     folder = os.path.join(os.path.dirname(index.canonical(str(source))), folder)
     return ImageData(str(source), pixels, vae, text_encoder, seed, folder, cache)
+
+
+def prompts_of(data):
+    return [data.caption(k) for k in range(len(data.rows))]
 
 
 # -- what is found -------------------------------------------------------------------------------------------
@@ -77,7 +82,6 @@ def write_images(folder):
     lines = [{"file_name": f"images/{name}", "text": f"this is {name}"} for name in names]
     lines += [{"file_name": "images/plain.png", "text": " "}, {"file_name": "images/plain.png"}]
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\nnot json\n")
-    return [*saved, "turned.jpg"]
 
 
 @pytest.fixture
@@ -135,19 +139,19 @@ def test_images_come_out_right_from_folders_and_shards(tmp_path, folder):
     (tmp_path / "shard-2.tar").write_bytes((tmp_path / "shard-0.tar").read_bytes()[:700])
     of_folder, of_shards = load(folder), load(tmp_path / "shard-*.tar")
     assert of_folder.skipped == {
-        "no such file": 1,
+        "not readable as an image (FileNotFoundError)": 1,
         "an empty caption": 1,
         "a line without file_name, or without text or caption": 2,
         "not readable as an image (UnidentifiedImageError)": 1,
     }
-    assert sorted(of_folder.prompts) == sorted(f"this is {name}" for name in (*good, "half.jpg"))
+    assert sorted(prompts_of(of_folder)) == sorted(f"this is {name}" for name in (*good, "half.jpg"))
     assert sum(of_shards.skipped.values()) == 1 and "not a whole tar file" in next(iter(of_shards.skipped))
-    assert sorted(of_shards.prompts) == sorted(f"this is {name}" for name in good)
+    assert sorted(prompts_of(of_shards)) == sorted(f"this is {name}" for name in good)
     for data in (of_folder, of_shards):
-        for k, prompt in enumerate(data.prompts):
+        for k, prompt in enumerate(prompts_of(data)):
             if "half" not in prompt:
                 check_picture(prompt, np.asarray(data.picture(k)[1], float), data.sizes[k])
-    half = list(of_folder.prompts).index("this is half.jpg")
+    half = prompts_of(of_folder).index("this is half.jpg")
     number, _ = of_folder.picture(half)
     assert number != half and (of_folder.sizes[number] == of_folder.sizes[half]).all()
     assert of_folder.skipped["not decodable (OSError)"] == 1
@@ -165,7 +169,7 @@ def test_bad_images_and_captions_are_skipped_and_counted(tmp_path):
     lines.append('{"file_name": "good.png", "text": "\u00e9toile"}'.encode("latin-1"))
     (folder / "metadata.jsonl").write_bytes(b"\n".join(lines))
     data = load(folder)
-    assert list(data.prompts) == ["a star"]
+    assert prompts_of(data) == ["a star"]
     assert data.skipped == {
         "too small to be enlarged to about 128 pixels": 1,
         "not readable as an image (DecompressionBombError)": 1,
@@ -175,9 +179,6 @@ def test_bad_images_and_captions_are_skipped_and_counted(tmp_path):
     }
     with pytest.raises(ValueError, match="no usable image.*too small"):
         load(folder, 1024)
-    (folder / "one.tar").write_bytes(b"")
-    with pytest.raises(ValueError, match="both metadata.jsonl and one.tar"):
-        load(folder)
     with pytest.raises(ValueError, match="neither a folder nor a pattern"):
         load(tmp_path / "nothing")
     (tmp_path / "bare").mkdir()
@@ -196,7 +197,7 @@ def test_shards_follow_webdatasets_names(tmp_path):
     latin = [("g.png", PNG), ("g.txt", "\u00e9".encode("latin-1")), ("h.png", PNG), ("noextension", b"")]
     write_tar(tmp_path / "x.tar", *mac, *a, *split, *twice, *half, *latin)
     data = load(tmp_path / "x.tar")
-    assert list(data.prompts) == ["one", "two", "e", "half ?"]
+    assert prompts_of(data) == ["one", "two", "e", "half ?"]
     assert data.skipped == {
         "no image, or no caption beside it": 2,
         "a key that occurs twice, or whose files lie apart": 2,
@@ -213,7 +214,8 @@ def test_usual_folders_are_read(tmp_path):
     (tmp_path / "jsonl" / "metadata.jsonl").write_text('{"file_name": "in/a.b.png", "caption": "a, star"}')
     (tmp_path / "csv" / "metadata.csv").write_text('\ufefffile_name,text\nin/a.b.png,"a, star"\n,b\n')
     (tmp_path / "text" / "in" / "a.b.txt").write_text("a, star\n")
-    (tmp_path / "text" / "in" / "loop").symlink_to(tmp_path / "text")
+    (tmp_path / "text" / "in").rename(tmp_path / "below")
+    (tmp_path / "text" / "in").symlink_to(tmp_path / "below")
     (tmp_path / "text" / "._a.b.png").write_bytes(b"mac")
     (tmp_path / "text" / "alone.jpg").write_bytes(PNG)
     (tmp_path / "blob").write_bytes((tmp_path / "jsonl" / "metadata.jsonl").read_bytes())
@@ -222,11 +224,8 @@ def test_usual_folders_are_read(tmp_path):
     (tmp_path / "hub" / "in" / "a.b.png").symlink_to("../../image")
     for name in names:
         data = load(tmp_path / name)
-        assert list(data.prompts) == ["a, star"] and data.picture(0)[1].getpixel((0, 0)) == (255, 0, 0), name
+        assert prompts_of(data) == ["a, star"] and data.picture(0)[1].getpixel((0, 0)) == (255, 0, 0), name
         assert sum(data.skipped.values()) == (name in ("csv", "text")), data.skipped
-    (tmp_path / "text" / "in" / "backup.tar").write_bytes(b"")
-    with pytest.raises(ValueError, match="backup.tar and .txt files; name what to read"):
-        load(tmp_path / "text")
 
 
 def test_patterns_and_spellings(tmp_path, monkeypatch):
@@ -238,13 +237,11 @@ def test_patterns_and_spellings(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(shards)
     names = ["caption 9", "caption 10", "caption 11"]
-    assert list(load("{09..11}.tar").prompts) == list(load("~/shards/*.tar").prompts) == names
-    assert list(load("~/shards/{09,11}.tar").prompts) == names[::2]
     data = load(".")
-    assert list(data.prompts) == names
-    assert data.skipped == {"a tar compressed with gzip: uncompress it first": 1}
-    with pytest.raises(ValueError, match="12.tar is neither"):
-        load("{09..12}.tar")
+    assert prompts_of(data) == prompts_of(load("~/shards/*.tar")) == names
+    assert data.skipped == {"not a whole tar file (compressed with gzip: uncompress it first)": 1}
+    with pytest.raises(ValueError, match="neither a folder nor a pattern .* no braces"):
+        load("{09..11}.tar")
     sources = (".", "../shards", "../shards/", "~/shards", str(shards))
     assert {index.canonical(source) for source in sources} == {str(shards)}
     assert index.canonical("x*.tar") == index.canonical("./x*.tar") == str(shards / "x*.tar")
@@ -260,19 +257,13 @@ def test_header_picture_and_person_agree(tmp_path):
     pixels[:40] = (255, 0, 0)
     exif, stored = Image.Exif(), Image.fromarray(pixels).rotate(90, expand=True)
     exif[274] = 6
-    chunk = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
     for suffix in ("jpg", "png", "webp", "tif", "avif"):
         stored.save(tmp_path / f"{suffix}.{suffix}", exif=exif)
-    stored.save(tmp_path / "plain.png")
-    late = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    content = (tmp_path / "plain.png").read_bytes()
-    (tmp_path / "late.png").write_bytes(content[:-12] + late + content[-12:])
-    (tmp_path / "plain.png").unlink()
     for path in sorted(tmp_path.iterdir()):
         path.with_suffix(".txt").write_text(path.name)
     data = load(tmp_path, 64, folder="../index")
-    assert len(data.prompts) == 6 and not data.skipped
-    for k, name in enumerate(data.prompts):
+    assert len(data.rows) == 5 and not data.skipped
+    for k, name in enumerate(prompts_of(data)):
         picture = np.asarray(data.picture(k)[1], int)
         assert data.index.images[k, :2].tolist() == [80, 40] and picture.shape[0] > picture.shape[1], name
         assert abs(picture[2] - (255, 0, 0)).max() < 60 and picture[-2].min() > 240, name
@@ -280,8 +271,6 @@ def test_header_picture_and_person_agree(tmp_path):
 
 def test_colours_are_srgb_whatever_the_mode():
     red = Image.new("RGB", (8, 8), "red")
-    lab = ImageCms.profileToProfile(red, *map(ImageCms.createProfile, ("sRGB", "LAB")), outputMode="LAB")
-    assert np.allclose(to_rgb(lab).getpixel((0, 0)), (255, 0, 0), atol=8)
     swapped = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     first, second = swapped.index(b"rXYZ"), swapped.index(b"gXYZ")  # of the table: what is red there is green
     swapped[first], swapped[second] = swapped[second], swapped[first]
@@ -299,51 +288,34 @@ def test_colours_are_srgb_whatever_the_mode():
     for array in (floats[0], floats[1] * 255, sixteen, sixteen.astype(np.int32)):
         assert to_rgb(Image.fromarray(array)).getpixel((0, 0)) == (127, 127, 127)
     assert to_rgb(Image.new("1", (8, 8), 1)).getpixel((0, 0)) == (255, 255, 255)
-    clear = Image.fromarray(sixteen)
-    clear.info["transparency"] = 32768
-    assert to_rgb(clear).getpixel((0, 0)) == (255, 255, 255)
 
 
 # -- batches -------------------------------------------------------------------------------------------------
 
 
-def many(sizes, pixels=128):
-    """ImageData of made-up images: {(height, width) of a bucket: how many}, without files."""
-    data = object.__new__(ImageData)
-    data.seed, data.buckets, first = 0, {}, 0
-    for bucket, count in sizes.items():
-        data.buckets[bucket] = np.arange(first, first := first + count)
-    return data
-
-
 def test_every_image_comes_once_an_epoch_whoever_takes_it():
-    data, sizes = many({(128, 128): 50, (96, 160): 13, (160, 96): 1}), [50, 13, 1]
-    batches = [data.choose(turn, range(4), 4) for turn in range(64)]  # 4 epochs of 64 images
-    bucket_of = np.repeat(range(3), sizes)
-    assert all(len(set(bucket_of[batch])) == 1 for batch in batches)
-    assert collections.Counter(np.ravel(batches).tolist()) == dict.fromkeys(range(64), 4)
-    first = np.ravel(batches[: 50 // 4 + 13 // 4])  # none twice, none left out but what is carried over
+    data, bucket_of = object.__new__(ImageData), np.repeat(range(3), (50, 13, 1))
+    data.seed, data.buckets = 0, {bucket: np.flatnonzero(bucket_of == bucket) for bucket in range(3)}
+
+    def batches():
+        return list(itertools.islice(data.order(4), 64))  # 4 epochs of 64 images
+
+    found = batches()
+    assert all(len(set(bucket_of[batch])) == 1 for batch in found)
+    assert collections.Counter(np.ravel(found).tolist()) == dict.fromkeys(range(64), 4)
+    first = np.ravel(found[: 50 // 4 + 13 // 4])  # none twice, none left out but what is carried over
     assert len(set(first.tolist())) == len(first) == 60
-    assert batches[:15] != sorted(batches[:15]) and batches[:15] != batches[16:31]
-    fresh = many({(128, 128): 50, (96, 160): 13, (160, 96): 1})  # of any process, after any restart
-    halves = [fresh.choose(turn, (2, 3), 4) for turn in reversed(range(64))]
-    assert halves[::-1] == [batch[2:] for batch in batches]
+    assert found[:15] != sorted(found[:15]) and found[:15] != found[16:31]
+    assert found == batches()  # of any process, after any restart
     data.seed = 1
-    assert batches != [data.choose(turn, range(4), 4) for turn in range(64)]
-
-
-def test_rare_shapes_are_not_drawn_more_often():
-    data = many({(128, 128): 1000, (96, 160): 30, (160, 96): 1})
-    drawn = collections.Counter(k for turn in range(4 * 40) for k in data.choose(turn, range(256), 256))
-    epochs = 4 * 40 * 256 / 1031
-    assert max(drawn.values()) < epochs * 1.05 + 256 and drawn[1030] <= epochs + 1
+    assert found != batches()
 
 
 def test_timesteps_outside_are_drawn_again(tmp_path, components):
     data = small(tmp_path, components)
     generators = [files.generator(0, "kd", 0, i) for i in range(400)]
-    data.moments_of = lambda turn, indices, images: ([0] * 400, torch.zeros(400, 2, 1, 1, 1))
-    t = data.batch(0, range(400), 400, generators, timesteps=(950, 100))["t"]
+    data.moments_of = lambda numbers, following: (numbers, torch.zeros(400, 2, 1, 1, 1))
+    t = data.batch([(0, 0)] * 400, generators, timesteps=(950, 100))["t"]
     assert t.dtype == torch.long and 0 <= t.min() and t.max() < 1000 and (t == 999).float().mean() < 0.03
 
 
@@ -351,8 +323,7 @@ def test_timesteps_outside_are_drawn_again(tmp_path, components):
 
 
 def hashes(folder):
-    paths = (path for path in folder.rglob("*") if path.is_file())
-    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    return {path: hashlib.sha256(path.read_bytes()).digest() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
@@ -382,11 +353,11 @@ def test_the_index_is_made_once_and_again_when_the_data_set_has_changed(folder, 
     before, list_images = load(folder), index.list_images
     monkeypatch.setattr(index, "list_images", None)
     again = load(folder)
-    assert list(again.prompts) == list(before.prompts) and again.skipped == before.skipped
+    assert prompts_of(again) == prompts_of(before) and again.skipped == before.skipped
     monkeypatch.setattr(index, "list_images", list_images)
     with open(folder / "metadata.jsonl", "a") as file:
         file.write('{"file_name": "images/plain.png", "text": "one more"}\n')
-    assert list(load(folder).prompts) == [*before.prompts, "one more"]
+    assert prompts_of(load(folder)) == [*prompts_of(before), "one more"]
     for path in (folder.parent / "index").iterdir():
         path.write_bytes(path.read_bytes()[:100] + b"damage" * 1000)
     with pytest.raises(ValueError, match="index-.*sqlite is damaged"):
@@ -400,14 +371,9 @@ def test_an_index_of_many_images_is_quick_and_read_by_any_thread(tmp_path, monke
     monkeypatch.setattr(index, "list_images", lambda piece: (piece, {}))
     monkeypatch.setattr(index, "find_pieces", lambda source: (pieces, []))
     data = load(tmp_path / "many")
-    assert len(data.prompts) == count and data.index.count == 778 and data.index.images.nbytes == 12 * count
-    read = []
-    threads = [
-        threading.Thread(target=lambda: read.extend(data.prompts[k] for k in range(777))) for _ in range(4)
-    ]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    assert sorted(read) == sorted([f"caption {k}" for k in range(777)] * 4)
+    assert len(data.rows) == count and data.index.count == 778 and data.index.images.nbytes == 12 * count
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(data.caption, range(4 * 777))) == [f"caption {k % 777}" for k in range(4 * 777)]
 
 
 def test_batches_with_and_without_a_cache_are_the_same(tmp_path, components, monkeypatch):
@@ -419,9 +385,9 @@ def test_batches_with_and_without_a_cache_are_the_same(tmp_path, components, mon
     def generators(turn):
         return [files.generator(0, "kd", turn, i) for i in range(2)]
 
-    for turn in range(6):
+    for turn, pair in enumerate(itertools.islice(itertools.pairwise(cached.order(2)), 6)):
         with torch.autocast("cpu", torch.bfloat16):  # the frozen parts run outside it
-            a, b = (data.batch(turn, (0, 1), 2, generators(turn)) for data in (cached, uncached))
+            a, b = (data.batch(list(zip(*pair)), generators(turn)) for data in (cached, uncached))
         for name in ("noise", "t", "mask"):
             assert torch.equal(a[name], b[name]), name
         inside = b["mask"].bool()
@@ -436,7 +402,7 @@ def test_the_cache_goes_on_where_it_was_cut_off_and_opens_few_files(tmp_path, co
     data = small(tmp_path, components, str(features))
     assert data.skipped["not decodable (OSError)"] == 1
     made = hashes(features)
-    assert len(made) == 4 + (3 + 1) + 1  # 10 captions and the empty one; 8 images of one bucket, 1 of another
+    assert len(made) == 4 + 3 + 1  # of 11 captions, of 9 images, and made_with.json
     for path in sorted(path for path in made if path.suffix == ".safetensors")[::2]:
         path.unlink()
     data = small(tmp_path, components, str(features))
@@ -471,14 +437,13 @@ def test_looking_at_data(tmp_path, folder, capsys, monkeypatch):
 
 
 def test_pictures_of_equal_names_in_two_folders_share_no_cache(tmp_path, components):
-    """Nor captions, though they and the sizes of all files are equal."""
     moments = []
     for colour in ("red", "blue"):
         (tmp_path / colour).mkdir()
         Image.new("RGB", (128, 128), colour).save(tmp_path / colour / "a.bmp")
         (tmp_path / colour / "a.txt").write_text("a square")
         data = load(tmp_path / colour, 128, *components(tmp_path), cache=str(tmp_path / "cache"))
-        moments.append(data.moments_of(0, [0], 1)[1])
+        moments.append(data.moments_of([0], [])[1])
     assert not torch.equal(*moments)
 
 
@@ -506,9 +471,9 @@ def test_files_are_written_whole_or_not_at_all_and_without_hard_links(tmp_path, 
     def half(temporary):
         with open(temporary, "w") as file:
             file.write("half")
-        raise RuntimeError("disk full\nand more")
+        raise RuntimeError("disk full")
 
-    with pytest.raises(OSError, match=r"a.png could not be written \(disk full\)"):
+    with pytest.raises(RuntimeError, match="disk full"):
         files.write_atomically(path, half)
     assert os.listdir(tmp_path / "new") == ["a.png"] and Image.open(path).size == (90, 60)
 
@@ -525,12 +490,8 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
     command = f"from data import files\nwith files.lock({str(tmp_path)!r}): print('in')"
 
     def enter():
-        return subprocess.run(
-            [sys.executable, "-c", command],
-            capture_output=True,
-            text=True,
-            cwd=os.path.dirname(os.path.dirname(__file__)),
-        )
+        run = [sys.executable, "-c", command]
+        return subprocess.run(run, capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[1])
 
     with files.lock(str(tmp_path)):
         assert "ValueError" in enter().stderr
@@ -604,8 +565,9 @@ def test_every_word_of_the_world_is_a_token():
         assert len(tokenizer(prompt).input_ids) == len(prompt.split()) + 1
         assert tokenizer.decode(tokenizer(prompt).input_ids, skip_special_tokens=True) == prompt
     assert tokenizer.unk_token_id not in tokenizer("zebra, 7?").input_ids
-    assert parts.word_labels("a photo of a red circle and a blue square")[4:6] == [[0, 1, 1, 0]] * 2
-    assert [word[3] for word in parts.word_labels("a photo of a star above a cross")[4::3]] == [3, 4]
+    cross, star = {"class": "cross", "count": 1}, {"class": "star", "count": 1, "position": ["above", 0]}
+    labels = parts.word_labels({"prompt": "a photo of a star above a cross", "include": [cross, star]})
+    assert labels[4::3] == [[2, 0, 1, 3], [3, 0, 1, 4]] and set(map(tuple, labels[:4])) == {(-100,) * 4}
 
 
 def test_the_world_is_an_ordinary_data_set(tmp_path, monkeypatch):
@@ -627,6 +589,13 @@ def test_the_world_is_an_ordinary_data_set(tmp_path, monkeypatch):
         assert png.tobytes() == shapes.draw_shapes(record, 32, rng).tobytes()
 
 
+def test_pictures_of_several_shapes_stay_whole(tmp_path):
+    ratios = ("1.0", "0.78", "1.29", "0.57", "1.75")
+    for pixels in (128, 256, 512):
+        data = load(shapes.write_shards(str(tmp_path / str(pixels)), pixels, 5, 0, ratios), pixels)
+        assert len(data.buckets) == 5 and (data.sizes == data.index.images[:, :2]).all()
+
+
 def test_a_trained_vae_has_latents_of_unit_size(tmp_path):
     parts.train_part("vae_adapt", 0, str(tmp_path / "vae"), steps=3)
     vae, rng = VAE(str(tmp_path / "vae")), np.random.default_rng(9)
@@ -643,5 +612,5 @@ def test_a_text_encoder_learns(tmp_path, monkeypatch, capfd):
         parts.train_part("text_encoder", 0, str(tmp_path / folder), steps=30)
     assert losses[29] < 0.7 * losses[0] and losses[:30] == losses[30:]
     assert capfd.readouterr().err.count("text_encoder:") <= 6  # in a log file no bar is drawn at every step
-    features, mask = TextEncoder(str(tmp_path / "one"))(["a photo of a red star", "a photo of two crosses"])
-    assert features.shape[::2] == (2, 64) and mask.sum(1).tolist() == [7, 6]
+    features, mask = TextEncoder(str(tmp_path / "one"))(["a photo of a red star"])
+    assert features.shape == (1, 7, 64) and mask.all()
