@@ -378,11 +378,11 @@ def batches(job, args, data, first):
     weights = torch.tensor([share / images[m] for m, share in sizes.items()])
     orders = {m: itertools.pairwise(data[m].order(images[m])) for m in sizes}
     for step in range(job.settings["steps"]):
-        generator = files.generator(args.seed, job.name, step, -1)
-        m = list(sizes)[int(torch.multinomial(weights, 1, generator=generator))]
-        chosen = list(zip(*next(orders[m])))
+        generator = files.generator(args.seed, job.name, step, -1) if len(sizes) > 1 else None
+        m = list(sizes)[int(torch.multinomial(weights, 1, generator=generator))] if generator else max(sizes)
+        batch, following = next(orders[m])
         if step >= first:
-            yield m, chosen
+            yield m, list(zip(batch, following))
 
 
 def example_painter(job, args, teacher, vae, text_encoder, data, base):
