@@ -132,10 +132,8 @@ def fingerprint(path_or_repo):
     own name."""
     if not os.path.isdir(path_or_repo):
         return path_or_repo
-    digest, kinds = (
-        hashlib.sha256(),
-        ("config.json", "tokenizer.json", "spiece.model", ".safetensors", ".bin"),
-    )
+    kinds = ("config.json", "tokenizer.json", "spiece.model", ".safetensors", ".bin")
+    digest = hashlib.sha256()
     for path in sorted(pathlib.Path(path_or_repo).rglob("*")):
         if path.name.endswith(kinds):
             content = file_digest(path, path.stat().st_size, path.stat().st_mtime_ns)

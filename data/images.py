@@ -117,9 +117,10 @@ class ImageData:
             for bucket, members in self.buckets.items():
                 stream = np.concatenate([streams[bucket], generator.permutation(members)])
                 whole = len(stream) // images * images
-                batches.extend(stream[:whole].reshape(-1, images).tolist())
+                batches.append(stream[:whole].reshape(-1, images))
                 streams[bucket] = stream[whole:]
-            yield from (batches[k] for k in generator.permutation(len(batches)))
+            batches = np.concatenate(batches)
+            yield from (batches[k].tolist() for k in generator.permutation(len(batches)))
 
     # pictures and what VAE and T5 make of them
 
@@ -204,9 +205,8 @@ class ImageData:
         if self.cache:
             shards = [self.open_shard(self.path(f"{self.pixels}px", k)) for k in numbers]
             moments = [shard.get_tensor(f"{k}").float() for shard, k in zip(shards, numbers)]
-            return [int(shard.get_tensor(f"{k} shown")) for shard, k in zip(shards, numbers)], torch.stack(
-                moments
-            )
+            seen = [int(shard.get_tensor(f"{k} shown")) for shard, k in zip(shards, numbers)]
+            return seen, torch.stack(moments)
         for k in (*numbers, *following):
             if k not in self.decoding:
                 self.decoding[k] = self.decoders.submit(self.picture, k)
