@@ -167,8 +167,7 @@ STAGES = {
         changes=dict(pos_embed="centered", beta_schedule="scaled_linear"),
         shapes=dict(steps=6000, lr=2e-3, new_lr=4e-3, snr_weight=0.5, ratios=RATIOS,
                     warmup=400,  # what the blocks know survives until the new ends have learned
-                    timesteps=(640, 240),  # the quadratic schedule moves layout to later timesteps
-                    sampler=dict(guidance_interval=700)),
+                    timesteps=(640, 240)),  # the quadratic schedule moves layout to later timesteps
         t2md=dict(steps=100_000)),
     "hires1": Stage(
         after="adapt", trains="everything", loss="noise",

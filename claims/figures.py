@@ -1,8 +1,7 @@
 """The paper's claims as pictures, all in OUT.
 
     python -m claims.figures                                        # field.png; depth.png after claims.table1
-    python -m claims.figures --curves runs/shapes/kd runs/other/kd  # curves.png: every loss term by step
-    python -m claims.figures --fails                                # fails.png: the first six wrong pictures
+    python -m claims.figures --curves runs/shapes/kd runs/other/kd  # curves.png: losses; --prompts: scores
     python -m claims.figures --film "a photo of a red circle and a blue square"  # film.webp
 
 field.png: what the student's mixers see. depth.png: the mixers' errors by depth, of claims.table1's rows with
@@ -10,6 +9,7 @@ and without teacher forcing. film.webp: teacher and student denoise; then the st
 """
 
 import functools
+import glob
 import itertools
 import json
 import os
@@ -20,11 +20,11 @@ from PIL import Image, ImageDraw, ImageOps
 
 import sample
 import train
-from claims.scores import SHIPPED, command_parser
+from claims.scores import SHIPPED, command_parser, evaluate
 from claims.table1 import FORCED
 from data import files
 from data.images import to_pixels
-from data.shapes import COLOURS, detect_shapes, draw_shapes, heldout_records, score_shapes
+from data.shapes import COLOURS, detect_shapes, draw_shapes, heldout_records
 from t2md import predict_noise
 
 STACKS = ("W", "H", "WH", "S", ">", "<", "v", "^")  # the mixers whose receptive field is drawn
@@ -87,9 +87,22 @@ def chart(lines, title, log=False, width=480, height=480, margin=48):
     return image
 
 
-def curves(folders):
+def scores_on_the_way(folder, records):
+    """(images seen, scores) of a training, by the pictures of `records` that it drew at its checkpoints."""
+    seen, scores = [], []
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "step-*.png"))):
+        sheet = Image.open(path)  # the last row is the student's
+        side = sheet.width // len(records)
+        corners = [(k * side, sheet.height - side) for k in range(len(records))]
+        scores.append(evaluate([sheet.crop((x, y, x + side, y + side)) for x, y in corners], records))
+        seen.append(int(path[-10:-4]))
+    images = files.read_json(os.path.join(folder, "made_with.json"))["batch_size"]
+    return images * np.array(seen), [score["overall"] for score in scores]
+
+
+def curves(folders, records):
     """A panel for each loss term and gradient norm that the trainings in `folders` have logged, a line for
-    each of them: the running mean over a fiftieth of its steps -> PIL image."""
+    each of them: the running mean over a fiftieth of its steps; and for the score -> PIL image."""
     panels = {}
     for folder in folders:
         with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as file:  # the end may be half written
@@ -102,6 +115,9 @@ def curves(folders):
     if not panels:
         raise ValueError(f"no step is logged yet in {', '.join(folders)}")
     charts = [chart(panels[term], f"{term}, by step", log=True) for term in sorted(panels)]
+    if records:
+        scores = {folder: scores_on_the_way(folder, records) for folder in folders}
+        charts.append(chart(scores, "score, by images seen"))
     return files.contact_sheet([charts[k : k + 2] for k in range(0, len(charts), 2)], 480)
 
 
@@ -150,22 +166,11 @@ def film_frames(teacher, student, prompt, size, seed):
     return frames
 
 
-def fails_sheet(model, vae, text_encoder, pixels, seed):
-    """The first six pictures of held-out records that do not show what was asked for -> PIL image."""
-    wrong = []
-    for k, record in enumerate(heldout_records(552, seed)):
-        (image,) = sample.generate(model, vae, text_encoder, [record["prompt"]], (pixels, pixels), [seed + k])
-        wrong += [] if score_shapes(image, record) else [(image, record["prompt"])]
-        if len(wrong) == 6:
-            break
-    images, captions = zip(*wrong)
-    return files.contact_sheet([images], 192, [captions])
-
-
 def run(args):
     out = functools.partial(os.path.join, args.out)
     if args.curves:
-        return save(out("curves.png"), curves(args.curves))
+        records = sample.read_prompts(args.prompts) if args.prompts else []
+        return save(out("curves.png"), curves(args.curves, records))
     if args.film:
         models = [sample.load(folder, args.device).args for folder in args.models]
         frames = film_frames(*models, args.film, args.size or 2048, args.seed)
@@ -173,10 +178,8 @@ def run(args):
         settings = dict(save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=75)
         return save(out("film.webp"), frames[0], "WEBP", **settings)
     model, vae, text_encoder = sample.load(args.models[-1], args.device).args
-    inputs = model, vae, text_encoder, args.size or model.config.sample_size * vae.factor, args.seed
-    if args.fails:
-        return save(out("fails.png"), fails_sheet(*inputs))
-    save(out("field.png"), field_sheet(*inputs))
+    pixels = args.size or model.config.sample_size * vae.factor
+    save(out("field.png"), field_sheet(model, vae, text_encoder, pixels, args.seed))
     table = files.read_json(out("ablate/table.json")) if os.path.exists(out("ablate/table.json")) else {}
     if FORCED in table:
         save(out("depth.png"), depth_chart(table))
@@ -190,8 +193,8 @@ def save(path, image, form="PNG", **settings):
 def parse_arguments(argv=None):
     parser, add = command_parser("figures", __doc__)
     add("--curves", nargs="+", metavar="DIR", help="draw the loss terms of these trainings, and nothing else")
+    add("--prompts", help="what they drew, by train.py's --example-prompts and --examples: its score too")
     add("--film", metavar="PROMPT", help="draw a film of this prompt, and nothing else")
-    add("--fails", action="store_true", help="draw where the student fails, and nothing else")
     add("--models", nargs=2, metavar=("TEACHER", "STUDENT"), default=SHIPPED[::2], help="two checkpoints")
     add("--size", type=int, help="pixels (default: of a film 2048, else what the student was trained at)")
     return parser.parse_args(argv)

@@ -2,13 +2,12 @@
 
     python -m claims.scores                                                      # every checkpoint there is
     python -m claims.scores --model assets/student --size 512 1024 --records 36
-    python -m claims.scores --model assets/student --records 12 --zero-shot 1024 --upscale 2
     python -m claims.scores --model assets/teacher --seed 7 --records 138 \\
         --guidance 2 3 4.5 --guidance-interval 0 400                             # a grid: six rows
 
 Each is scored at the size it was last trained at, or at every --size, on held-out records or on --prompts.
-Prints a table, a row for every combination, and writes OUT/eval.json, an entry a row, and OUT/eval.png, a row
-of pictures for each and one for --zero-shot.
+Prints a table, a row for every combination, and writes OUT/eval.json, an entry a row, OUT/eval.png, a row of
+pictures for each, and OUT/fails.png, up to six of the last row's that are wrong.
 """
 
 import argparse
@@ -93,7 +92,6 @@ def parse_arguments(argv=None):
     add("--direct", action="store_true", help="sample large sizes from noise at once, as the paper does")
     add("--renoise", type=int, metavar="T", help="of progressive sampling, see sample.py")
     add("--upscale", type=int, default=1, metavar="M", help="upsample guidance, at M times a known size")
-    add("--zero-shot", metavar="PIXELS", help="more pictures of the last; for them alone the three above")
     return parser.parse_args(argv)
 
 
@@ -109,24 +107,23 @@ def run(args):
     for folder in args.model or [f for f in (*SHIPPED, *made) if os.path.exists(f"{f}/config.json")]:
         model, *parts = sample.load(folder, args.device).args
         side = model.config.sample_size * parts[0].factor
-        shown = min(shown, side // model.interpolation_scale)
+        shown = min(shown, side // model.interpolation_scale)  # the base size, at which it was distilled
         multiple = parts[0].factor * model.config.patch_size * args.upscale
         guidances = args.guidance or [model.config.guidance]
         intervals = args.guidance_interval or [model.config.guidance_interval]
         for size, guidance, interval in itertools.product(args.size or [str(side)], guidances, intervals):
             settings = dict(guidance=guidance, guidance_interval=interval)
             inputs = model, *parts, prompts, sample.parse_size(size, multiple), args.seed
-            images = sample.generate_all(*inputs, **settings, **({} if args.zero_shot else special))
+            images = sample.generate_all(*inputs, **settings, **special)
             results.append(dict(model=folder, size=size) | settings | evaluate(images, records))
             line = "".join(f"{results[-1].get(name, float('nan')):14.3f}" for name in columns)
             print(f"{line}  {guidance:8.2g}  {interval:6}  {size:>8}  {folder}", flush=True)
             sheet.append(images[:12])
-    if args.zero_shot:
-        size = sample.parse_size(args.zero_shot, multiple)
-        sheet.append(sample.generate_all(model, *parts, prompts[:12], size, args.seed, **special))
     files.write_json(os.path.join(args.out, "eval.json"), results)
-    # all as large as the base size that they were distilled at
     files.write_png(os.path.join(args.out, "eval.png"), files.contact_sheet(sheet, shown))
+    if wrong := [k for k, record in enumerate(records) if not score_shapes(images[k], record)][:6]:
+        fails = files.contact_sheet([[images[k] for k in wrong]], 192, [[prompts[k] for k in wrong]])
+        files.write_png(os.path.join(args.out, "fails.png"), fails)
 
 
 if __name__ == "__main__":

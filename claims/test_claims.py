@@ -38,7 +38,7 @@ def run(module, *arguments):
 
 
 def test_scores_samples_counts_prints_and_writes(chain, tmp_path, monkeypatch, capsys):
-    """By default with the checkpoint's guidance; with --zero-shot its pictures alone are upscaled."""
+    """By default with the checkpoint's guidance; the last row's first wrong pictures have a sheet."""
     sampled, kd, image = [], os.path.join(chain, "kd"), Image.new("RGB", (8, 8), BACKGROUND)
 
     def fake(model, vae, text_encoder, prompts, size, seed, guidance=None, upscale=1, **settings):
@@ -47,13 +47,13 @@ def test_scores_samples_counts_prints_and_writes(chain, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(sample, "generate_all", fake)
     command = ["--records", 6, "--out", tmp_path, "--model", kd, "--upscale", 2, "--size"]
-    run(scores, *command, "64x32", 128, "--guidance", 1, 2, "--guidance-interval", 500, "--zero-shot", 256)
-    grid = [(*size, guidance, 500, 1) for size in ((64, 32), (128, 128)) for guidance in (1, 2)]
-    assert sampled == [*grid, (256, 256, None, None, 2)]
+    run(scores, *command, "64x32", 128, "--guidance", 1, 2, "--guidance-interval", 500)
+    assert sampled == [(*s, guidance, 500, 2) for s in ((64, 32), (128, 128)) for guidance in (1, 2)]
     rows, printed = files.read_json(tmp_path / "eval.json"), capsys.readouterr().out
     assert [(row["size"], row["guidance"]) for row in rows] == [*itertools.product(("64x32", "128"), (1, 2))]
     assert all({*TAGS, "overall", "dirty"} < row.keys() for row in rows) and printed.count("\n") == 6
-    assert Image.open(tmp_path / "eval.png").size == (6 * 128, 5 * 128)
+    assert Image.open(tmp_path / "eval.png").size == (6 * 128, 4 * 128)
+    assert Image.open(tmp_path / "fails.png").size == (6 * 192, 192 + 36)
     run(scores, *command, 64)
     config = t2md.load_backbone(kd).config
     assert sampled[-1] == (64, 64, config.guidance, config.guidance_interval, 2)
@@ -132,10 +132,24 @@ def test_field_depth_and_curves(tmp_path):
     assert sheet.shape == (480, 960, 3)  # mse and soft
     assert all(len(np.unique(half)) > 8 for half in np.split(sheet, 2, axis=1))
     with pytest.raises(ValueError, match="no step is logged yet"):
-        figures.curves([*folders][2:])
+        figures.curves([*folders][2:], [])
 
 
-def test_film_and_fails(chain, tmp_path, monkeypatch):
+def test_the_score_of_a_training_is_read_off_its_pictures(tmp_path):
+    """Above the student's row is its teacher's; half of step 20's pictures are right, all of step 40's."""
+    records, rng = heldout_records(6, 0), np.random.default_rng(0)
+    right, blank = (
+        [draw_shapes(record, 128, rng) for record in records],
+        Image.new("RGB", (128, 128), "white"),
+    )
+    for step, row in ((20, right[:3] + [blank] * 3), (40, right)):
+        files.write_png(f"{tmp_path}/step-{step:06}.png", files.contact_sheet([[blank] * 6, row], 128))
+    files.write_json(f"{tmp_path}/made_with.json", dict(batch_size=32))
+    seen, scores_seen = figures.scores_on_the_way(str(tmp_path), records)
+    assert list(seen) == [640, 1280] and scores_seen == [0.5, 1.0]
+
+
+def test_film(chain, tmp_path, monkeypatch):
     """The pictures on the way end, without guidance, in what is sampled; the film grows."""
     monkeypatch.setattr(sample, "generate", functools.partial(sample.generate, steps=2))
     folders = [os.path.join(chain, stage) for stage in ("teacher", "kd")]
@@ -148,8 +162,6 @@ def test_film_and_fails(chain, tmp_path, monkeypatch):
     run(figures, "--models", *folders, "--out", tmp_path, "--film", "a photo of a star", "--size", 256)
     film = Image.open(tmp_path / "film.webp")
     assert film.size == (640, 356) and film.n_frames >= 2
-    run(figures, "--models", *folders, "--out", tmp_path, "--fails", "--size", 64)  # untrained: none is right
-    assert Image.open(tmp_path / "fails.png").size == (6 * 192, 192 + 36)
 
 
 def test_operations_and_the_bill_are_those_counted_by_hand(monkeypatch, capsys):
