@@ -21,7 +21,6 @@ Sections: 1 configurations - 2 stages - 3 what a stage needs - 4 the loop, its p
 
 import argparse
 import copy
-import itertools
 import json
 import math
 import os
@@ -370,18 +369,18 @@ def open_data(job, args, vae, text_encoder, base):
 
 
 def batches(job, args, data, first):
-    """From step `first` on: (multiple of the base size, [(image, one of its size's next batch)]).
+    """From step `first` on: (multiple of the base size, numbers of images).
     The shares of a stage are of its images: larger ones come in smaller batches, and so more often."""
     sizes = job.settings["sizes"]
     images = {m: max(1, job.settings["batch_size"] // m**2) for m in sizes}
     weights = torch.tensor([share / images[m] for m, share in sizes.items()])
-    orders = {m: itertools.pairwise(data[m].order(images[m])) for m in sizes}
+    orders = {m: data[m].order(images[m]) for m in sizes}
     for step in range(job.settings["steps"]):
         generator = files.generator(args.seed, job.name, step, -1) if len(sizes) > 1 else None
         m = list(sizes)[int(torch.multinomial(weights, 1, generator=generator))] if generator else max(sizes)
-        batch, following = next(orders[m])
+        chosen = next(orders[m])
         if step >= first:
-            yield m, list(zip(batch, following))
+            yield m, chosen
 
 
 def example_painter(job, args, teacher, vae, text_encoder, data, base):
@@ -636,7 +635,7 @@ def run(args):
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)
-        files.start_processes(args.out)
+        files.start_processes()
     names = stages_to_run(args)
     for name in names:
         fewest = settings(name, args)["batch_size"] // max(settings(name, args)["sizes"]) ** 2

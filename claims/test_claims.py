@@ -285,7 +285,7 @@ def test_damaged_files_give_a_sentence(chain, tmp_path, capsys):
 
     def encode():
         data = ImageData(f"{out}/images", 64, *encoders, 0, f"{out}/index", f"{out}/cache")
-        data.batch([(0, 0)], [files.generator(0, "kd", 0, 0)])
+        data.batch([0], [files.generator(0, "kd", 0, 0)])
 
     readers = {"prompts.jsonl": lambda: sample.read_prompts(f"{out}/prompts.jsonl")}
     readers |= dict.fromkeys(["kd/training_state.pt", "kd/made_with.json"], go_on)

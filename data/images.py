@@ -12,6 +12,7 @@ import functools
 import io
 import itertools
 import os
+import zlib
 
 import numpy as np
 import torch
@@ -23,29 +24,26 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from data import files
-from data.files import RANK, WORLD
 from data.index import Index, progress
 from t2md import load_part, pad_features
 
 SHARD = 1000  # entries of a file of the cache
-TOGETHER = 2**22  # pixels that the VAE encodes at once: 16 images of 512 x 512
 
 
 def to_rgb(image):
     """Any PIL image as a person sees it, in sRGB: upright, by its colour profile, over white; 16 bits and
     floats (up to 1, or up to 255) scaled to 8."""
     image = ImageOps.exif_transpose(image)
-    profile = image.info.get("icc_profile")
     if image.mode[0] in "IF":
         grey = np.nan_to_num(np.asarray(image, np.float32))
         grey = grey / 257 if image.mode[0] == "I" else grey * (255 if grey.max() <= 1 else 1)
         image = Image.fromarray(np.uint8(grey.clip(0, 255)))
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     image = image if image.mode == "CMYK" else image.convert("RGB")
-    # it may have none, or one that cannot be read, or of other colours
-    with contextlib.suppress(ImageCms.PyCMSError, OSError, TypeError):
-        source, sRGB = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
-        image = ImageCms.profileToProfile(image, source, sRGB, outputMode="RGB")
+    # it may have no profile, or one that cannot be read, or of other colours
+    with contextlib.suppress(ImageCms.PyCMSError, OSError, KeyError):
+        profile = io.BytesIO(image.info["icc_profile"])
+        image = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     image = image.convert("RGB")
     return Image.composite(image, Image.new("RGB", image.size, "white"), alpha) if alpha else image
 
@@ -78,8 +76,8 @@ class ImageData:
     Args:
         source: see `find_pieces`.  pixels: base size of the buckets.  folder: where the index is kept.
         vae, text_encoder: None if the images are only looked at.
-        cache: None, or a folder: latent moments and caption features are computed once, into it, and both
-            parts let go. With a cache and without, it is the middle of an image that is seen.
+        cache: None, or a folder: latent moments and caption features are computed once, into it; VAE and text
+            encoder are let go then.
     Attributes: buckets: {(height, width): numbers of images}.  skipped: {reason: count}.
     Raises ValueError, saying what was looked for, if nothing is usable; if the cache is of other parts.
     """
@@ -93,14 +91,13 @@ class ImageData:
         if not large.all():
             self.skipped[f"too small to be enlarged to about {pixels} pixels"] = int((~large).sum())
         if not large.any():
-            why = ", ".join(f"{count} x {reason}" for reason, count in self.skipped.items()) or "nothing"
             what = "metadata.jsonl or .csv, tar shards, or images with a .txt beside each"
-            raise ValueError(f"{source} has no usable image; looked for {what}, skipped {why}")
+            raise ValueError(f"{source} has no usable image; looked for {what}, skipped {dict(self.skipped)}")
         self.rows, self.sizes = np.flatnonzero(large), buckets[large]
         self.captions, self.buckets = self.index.images[large, 2], {}
         for bucket in np.unique(self.sizes, axis=0).tolist():
             self.buckets[tuple(bucket)] = np.flatnonzero((self.sizes == bucket).all(1))
-        self.decoders, self.decoding = concurrent.futures.ThreadPoolExecutor(), {}
+        self.decoders = concurrent.futures.ThreadPoolExecutor()
         if cache:
             self.open_shard = functools.lru_cache(maxsize=64)(self.open_shard)  # each is a memory map
             made_with = dict(vae=vae.source, text_encoder=text_encoder.source)
@@ -113,7 +110,7 @@ class ImageData:
         once; what fills no batch of its bucket comes first in the next."""
         streams = {bucket: np.zeros(0, int) for bucket in self.buckets}
         for epoch in itertools.count():
-            generator, batches = files.numpy_generator(self.seed, "order", epoch, 0), []
+            generator, batches = np.random.default_rng([self.seed, zlib.crc32(b"order"), epoch, 0]), []
             for bucket, members in self.buckets.items():
                 stream = np.concatenate([streams[bucket], generator.permutation(members)])
                 whole = len(stream) // images * images
@@ -121,8 +118,6 @@ class ImageData:
                 streams[bucket] = stream[whole:]
             batches = np.concatenate(batches)
             yield from (batches[k].tolist() for k in generator.permutation(len(batches)))
-
-    # pictures and what VAE and T5 make of them
 
     def picture(self, k):
         """Image k -> (its number, its middle, scaled to cover its bucket). Where it is broken the next of its
@@ -137,19 +132,8 @@ class ImageData:
                 self.skipped[f"not decodable ({type(error).__name__})"] += number == k
         raise ValueError(f"not one of {len(self.rows)} images can be decoded")
 
-    def encode(self, pictures):
-        """Pictures of one size -> means and standard deviations of their latents, (B, 2, C, h, w)."""
-        together = max(1, TOGETHER // (pictures[0].width * pictures[0].height))
-        parts = [self.vae.moments(part) for part in to_pixels(pictures).split(together)]
-        return torch.cat([torch.stack(part, dim=1).cpu() for part in parts])
-
     def caption(self, k):
         return self.index.caption(self.captions[k])
-
-    def encode_text(self, numbers):
-        """Numbers of captions -> their features (B, T, width) and mask (B, T)."""
-        features, mask = self.text_encoder([self.index.caption(n) for n in numbers])
-        return features.float().cpu(), mask.cpu()
 
     # the cache: a file for every SHARD captions, or images, each a tensor that is named by its number
 
@@ -165,71 +149,55 @@ class ImageData:
     def fill_cache(self):
         """Compute the files that the cache lacks, this process's share of them. What is there stays, so a
         run that was cut off goes on."""
-        kinds = {"captions": (self.index.count, self.encoded_captions)}
-        kinds[f"{self.pixels}px"] = len(self.rows), self.encoded_images
-        for kind, (count, encoded) in kinds.items():
-            what = f"encoding {kind} into {self.cache}, {SHARD} at a time"
-            for first in progress(range(0, count, SHARD)[RANK::WORLD], desc=what):
+        captions = "captions", self.index.count, self.encoded_captions
+        images = f"{self.pixels}px", len(self.rows), self.encoded_images
+        for kind, count, encoded in (captions, images):
+            for first in progress(range(0, count, SHARD)[files.RANK :: files.WORLD], f"encoding {kind}"):
                 if not os.path.exists(path := self.path(kind, first)):
-                    tensors = encoded(range(first, min(first + SHARD, count)))
+                    tensors, last = {}, min(first + SHARD, count)
+                    for k in range(first, last, 16):
+                        tensors.update(encoded(range(k, min(k + 16, last))))
                     files.write_atomically(path, functools.partial(save_file, tensors))
-        if WORLD > 1:
+        if files.WORLD > 1:
             dist.barrier()
 
     def encoded_captions(self, numbers):
-        """{number: features of its tokens}."""
-        tensors = {}
-        for k in range(0, len(numbers), 16):
-            part = numbers[k : k + 16]
-            for n, feature, mask in zip(part, *self.encode_text(part)):
-                tensors[str(n)] = feature[mask.bool()].half()
-        return tensors
+        """Pairs of a number and the features of its tokens."""
+        for n, features, mask in zip(numbers, *self.text_of(numbers)):
+            yield f"{n}", features[mask.bool()].half()
 
     def encoded_images(self, numbers):
-        """{number: moments} and {number shown: which image they are of}."""
-        tensors = {}
-        for size in np.unique(self.sizes[numbers], axis=0):
-            members = [k for k in numbers if (self.sizes[k] == size).all()]
-            for k in range(0, len(members), 16):
-                found = list(self.decoders.map(self.picture, members[k : k + 16]))
-                moments = self.encode([picture for _, picture in found]).half()
-                for name, (number, _), moment in zip(members[k:], found, moments):
-                    tensors |= {f"{name}": moment, f"{name} shown": torch.tensor(number)}
-        return tensors
+        """Pairs of a number and its moments, and of "number shown" and the image that they are of."""
+        for n, seen, moments in zip(numbers, *self.moments_of(numbers)):
+            yield f"{n}", moments.half().contiguous()
+            yield f"{n} shown", torch.tensor(seen)
 
-    # batches
-
-    def moments_of(self, numbers, following):
-        """Images -> the numbers of those that are seen, and their moments (B, 2, C, h, w); the following ones
-        are decoded while the network works on these."""
-        if self.cache:
+    def moments_of(self, numbers):
+        """Images -> the numbers of those that are seen, and of each mean and deviation, (2, C, h, w)."""
+        if self.vae is None:  # all is in the cache
             shards = [self.open_shard(self.path(f"{self.pixels}px", k)) for k in numbers]
-            moments = [shard.get_tensor(f"{k}").float() for shard, k in zip(shards, numbers)]
             seen = [int(shard.get_tensor(f"{k} shown")) for shard, k in zip(shards, numbers)]
-            return seen, torch.stack(moments)
-        for k in (*numbers, *following):
-            if k not in self.decoding:
-                self.decoding[k] = self.decoders.submit(self.picture, k)
-        seen, pictures = zip(*(self.decoding[k].result() for k in numbers))
-        for k in set(numbers):
-            del self.decoding[k]
-        return seen, self.encode(pictures)
+            return seen, [shard.get_tensor(f"{k}").float() for shard, k in zip(shards, numbers)]
+        # one by one: the VAE is as quick, and takes less memory
+        seen, pictures = zip(*self.decoders.map(self.picture, numbers))
+        return seen, [torch.cat(self.vae.moments(to_pixels([picture]))).cpu() for picture in pictures]
 
     def text_of(self, numbers):
         """Numbers of captions -> features (B, T, width) and mask (B, T)."""
-        if not self.cache:
-            return self.encode_text(numbers)
-        found = (self.open_shard(self.path("captions", n)).get_tensor(str(n)) for n in numbers)
-        return pad_features([features.float() for features in found])
+        if self.text_encoder is None:
+            found = (self.open_shard(self.path("captions", n)).get_tensor(f"{n}") for n in numbers)
+            return pad_features([features.float() for features in found])
+        features, mask = self.text_encoder([self.index.caption(n) for n in numbers])
+        return features.float().cpu(), mask.cpu()
 
     def batch(self, chosen, generators, timesteps=None, drop=0.1):
-        """[(number of an image, of one that the next batch will ask for)], a torch.Generator for each
-        -> dict of latents z0 and noise (B, C, h, w), t (B,), text (B, T, width), mask (B, T).
+        """Numbers of images of one size, a torch.Generator for each -> dict of latents z0 and noise
+        (B, C, h, w), t (B,), text (B, T, width), mask (B, T).
 
         timesteps: None, uniform; (mean, deviation) of a normal distribution, drawn again outside [0, 1000).
         A caption is dropped (replaced by the empty one) with probability `drop`, for guidance.
         """
-        numbers, moments = self.moments_of(*zip(*chosen))
+        numbers, moments = self.moments_of(chosen)
         captions, t, z0, noise = [], [], [], []
         for k, (mean, std), g in zip(numbers, moments, generators):
             captions.append(0 if torch.rand((), generator=g) < drop else int(self.captions[k]))
@@ -240,9 +208,6 @@ class ImageData:
             noise.append(torch.randn(mean.shape, generator=g))
         text, mask = self.text_of(captions)
         return dict(z0=torch.stack(z0), noise=torch.stack(noise), t=torch.stack(t), text=text, mask=mask)
-
-
-# -- python -m data.images -----------------------------------------------------------------------------------
 
 
 def look(args):

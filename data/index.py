@@ -17,7 +17,6 @@ import sqlite3
 import sys
 import tarfile
 import threading
-import urllib.parse
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -25,23 +24,16 @@ from tqdm import tqdm
 
 from data.files import RANK, rank_zero_first, write_atomically
 
-PACKED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}  # how such files begin
 UTF8 = dict(encoding="utf-8-sig", errors="surrogateescape")
-NO_RECORD = (ValueError, KeyError, TypeError, AttributeError, RecursionError, StopIteration)
-TABLES = """PRAGMA journal_mode = off; PRAGMA synchronous = off; BEGIN;
+TABLES = """PRAGMA journal_mode = off; PRAGMA synchronous = off;
 CREATE TABLE captions (number INTEGER PRIMARY KEY, text TEXT UNIQUE); INSERT INTO captions VALUES (0, '');
 CREATE TABLE images (file BLOB, offset INT, length INT, height INT, width INT, caption INT);
 CREATE TABLE about (skipped TEXT);"""
 INSERT = "INSERT INTO images VALUES (?, ?, ?, ?, ?, (SELECT number FROM captions WHERE text = ?))"
 
-# refreshed once a second, in a log file once a minute
-refreshed = dict(mininterval=1 if sys.stderr.isatty() else 60, maxinterval=60)
-progress = functools.partial(tqdm, disable=RANK > 0, **refreshed)
+seconds = 1 if sys.stderr.isatty() else 60  # in a log file
+progress = functools.partial(tqdm, disable=RANK > 0, mininterval=seconds, maxinterval=60)
 csv.field_size_limit(2**31 - 1)
-
-
-class Skip(Exception):
-    """Why an image is left out."""
 
 
 def in_processes(function, jobs, what):
@@ -67,28 +59,20 @@ def find_pieces(source):
     caption), or of tar shards, or of images with a .txt beside each, whichever it has first; a pattern of tar
     shards (WebDataset's). Links are followed, hidden files passed over.
     """
-    paths = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
-    if os.path.isdir(source):
-        inside = os.path.join(glob.escape(source), "")
-        paths = sorted(glob.glob(f"{inside}metadata.csv") + glob.glob(f"{inside}metadata.jsonl"))[-1:]
-        below = [] if paths else sorted(glob.glob(f"{inside}**/*", recursive=True))
-        paths = paths or [path for path in below if re.search(r"\.(tar|tar\.\w+|tgz)$", path)]
-        if not paths:
-            return in_pieces(read_folder(below)), below
-    if not paths:
+    inside, itself = os.path.join(glob.escape(source), ""), glob.escape(source)
+    patterns = f"{inside}metadata.jsonl", f"{inside}metadata.csv", f"{inside}**/*", itself, source
+    found = (sorted(glob.glob(pattern, recursive=True)) for pattern in patterns)
+    paths = next(filter(None, found), None)
+    if paths is None:
         raise ValueError(f"{source} is neither a folder nor a pattern (* ? [], no braces) of tar shards")
-    if paths[0].endswith((".jsonl", ".csv")):
-        return in_pieces(read_metadata(paths[0])), paths
-    return [(path,) for path in paths], paths
+    if shards := [path for path in paths if re.search(r"\.(tar|tar\.\w+|tgz)$", path)]:
+        return [(path,) for path in shards], shards
+    is_metadata = len(paths) == 1 and paths[0].endswith((".jsonl", ".csv"))
+    records = read_metadata(paths[0]) if is_metadata else read_folder(paths)
+    return iter(lambda: (list(itertools.islice(records, 1000)),), ([],)), paths
 
 
-def in_pieces(records):
-    return iter(lambda: (list(itertools.islice(records, 1000)),), ([],))
-
-
-# -- readers: each yields (file, caption[, offset, length, what to open]) of an image, or a Skip --
-
-
+# -- readers: each yields (file, caption, offset, length, what to open) of an image, or why it is skipped --
 def caption_of(record):
     return (record.get("text") or record["caption"]).strip()
 
@@ -101,16 +85,16 @@ def read_metadata(path):
                 name, caption = record["file_name"], caption_of(record)
                 outside = os.path.isabs(name) or ".." in name.split("/")
                 file = os.path.join(os.path.dirname(path), name)
-                yield Skip("a file outside the folder") if outside else (file, caption)
-            except NO_RECORD:
-                yield Skip("a line without file_name, or without text or caption")
+                yield "a file outside the folder" if outside else (file, caption, 0, -1, file)
+            except Exception:  # a record may hold anything
+                yield "a line without file_name, or without text or caption"
 
 
 def read_folder(paths):
     for path in map(pathlib.Path, paths):
         if path.suffix.lower() in Image.registered_extensions():
-            text = path.with_suffix(".txt")
-            yield (path, text.read_text(**UTF8).strip()) if text.exists() else Skip("no .txt beside it")
+            text, why = path.with_suffix(".txt"), "no .txt beside it"
+            yield (path, text.read_text(**UTF8).strip(), 0, -1, path) if text.exists() else why
 
 
 def key_of(member):
@@ -123,80 +107,61 @@ def key_of(member):
 
 def read_shard(path):
     """The samples of a tar file, which stays packed: an image is `length` bytes of it, at `offset`."""
-    seen = set()
     try:
-        with open(path, "rb") as file:
-            if packed := PACKED.get(file.read(2)):
-                raise tarfile.ReadError(f"compressed with {packed}: uncompress it first")
         with tarfile.open(path, "r:") as tar:
-            for key, members in itertools.groupby(filter(key_of, tar), key_of):
-                members = [(m.name.rpartition("/")[2].partition(".")[2].lower(), m) for m in members]
-                parts = dict(members)
-                if key in seen or len(parts) < len(members):
-                    yield Skip("a key that occurs twice, or whose files lie apart")
-                    continue
-                seen.add(key)
+            for _, members in itertools.groupby(filter(key_of, tar), key_of):
+                parts = {m.name.rpartition("/")[2].partition(".")[2].lower(): m for m in members}
                 try:
-                    image = next(m for suffix, m in members if f".{suffix}" in Image.registered_extensions())
+                    image = next(
+                        m for kind, m in parts.items() if f".{kind}" in Image.registered_extensions()
+                    )
                     text = tar.extractfile(parts.get("txt") or parts["json"]).read().decode(*UTF8.values())
                     caption = caption_of({"text": text} if "txt" in parts else json.loads(text))
                     yield path, caption, image.offset_data, image.size, tar.extractfile(image)
-                except NO_RECORD:
-                    yield Skip("no image, or no caption beside it")
+                except Exception:
+                    yield "no image, or no caption beside it"
     except (tarfile.TarError, OSError) as error:
-        yield Skip(f"not a whole tar file ({error})")
-
-
-# -- the index -----------------------------------------------------------------------------------------------
+        yield f"not a whole tar file, or a compressed one ({error})"
 
 
 def list_images(piece):
     """A piece -> [(file, offset, length, height, width, caption)], and {why skipped: count}."""
     found, skipped = [], collections.Counter()
     for record in read_shard(piece) if isinstance(piece, str) else piece:
-        try:
-            if isinstance(record, Skip):
-                raise record
-            file, caption, *place = record
-            if not caption:
-                raise Skip("an empty caption")
-            if re.search("[\udc80-\udcff]", caption):  # what surrogateescape makes of other bytes
-                raise Skip("text that is not UTF-8")
-            offset, length, opened = place or (0, os.path.getsize(file), file)
-            with Image.open(opened) as image:  # not a PNG's own getexif, which decodes it
-                turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-                as_seen = not turned or image.format == "TIFF"
-                height, width = image.size[::-1] if as_seen else image.size
-            caption = caption.encode(errors="replace").decode()  # half of an emoji is no text
-            found.append((os.fsencode(file), offset, length, height, width, caption))
-        except Skip as reason:
-            skipped[str(reason)] += 1
-        except Exception as error:  # decoders raise anything
-            skipped[f"not readable as an image ({type(error).__name__})"] += 1
+        if isinstance(record, str):
+            skipped[record] += 1
+        elif not record[1] or re.search("[\ud800-\udfff]", record[1]):  # what is no UTF-8, half of an emoji
+            skipped["a caption that is empty, or no text"] += 1
+        else:
+            file, caption, offset, length, opened = record
+            try:
+                with Image.open(opened) as image:  # not a PNG's own getexif, which decodes it
+                    turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+                    as_seen = image.format == "TIFF" or not turned
+                    height, width = image.size[::-1] if as_seen else image.size
+                found.append((os.fsencode(file), offset, length, height, width, caption))
+            except Exception as error:  # decoders raise anything
+                skipped[f"not readable as an image ({type(error).__name__})"] += 1
     return found, skipped
 
 
 def write_index(pieces, what, path):
-    """All usable images of a data set, a row each; a caption that many share is kept once, 0 is the
-    empty one."""
+    """All usable images, a row each; a caption that many share is kept once, 0 is the empty one."""
     skipped = collections.Counter()
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as file:
+    with contextlib.closing(sqlite3.connect(path)) as file, file:
         file.executescript(TABLES)
         for found, reasons in in_processes(list_images, pieces, what):
-            captions = ((row[-1],) for row in found)
-            file.executemany("INSERT OR IGNORE INTO captions (text) VALUES (?)", captions)
+            file.executemany("INSERT OR IGNORE INTO captions (text) VALUES (?)", (row[5:] for row in found))
             file.executemany(INSERT, found)
             skipped.update(reasons)
         file.execute("INSERT INTO about VALUES (?)", (json.dumps(skipped),))
-        file.execute("COMMIT")
 
 
 class Index:
-    """What a data set holds: looked at by the first process, unless `folder` has an index of files of these
-    names, sizes and dates.
+    """What a data set holds: looked at by the first process, unless `folder` has an index of these files.
 
     Attributes: images (n, 3) of height, width, caption; count: of captions; skipped {why: count}; digest: of
-    those names, sizes and dates.
+    the files' names, sizes and dates.
     """
 
     def __init__(self, source, folder):
@@ -206,11 +171,10 @@ class Index:
         path = os.path.join(folder, f"index-{self.digest}.sqlite")
         with rank_zero_first():
             if not os.path.exists(path):
-                write = functools.partial(write_index, pieces, f"looking at the images of {source}")
-                write_atomically(path, write)
-        uri, self.lock = f"file:{urllib.parse.quote(path)}?mode=ro&immutable=1", threading.Lock()
+                write_atomically(path, functools.partial(write_index, pieces, f"looking at {source}"))
+        uri, self.lock = pathlib.Path(path).absolute().as_uri(), threading.Lock()
         try:
-            self.file = sqlite3.connect(uri, uri=True, check_same_thread=False)
+            self.file = sqlite3.connect(f"{uri}?mode=ro&immutable=1", uri=True, check_same_thread=False)
             rows = self.file.execute("SELECT height, width, caption FROM images")
             self.images = np.fromiter(rows, np.dtype((np.int32, 3)))
             self.count, skipped = self.read("SELECT max(number) + 1, about.* FROM captions, about")

@@ -7,13 +7,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from diffusers.training_utils import EMAModel
 from PIL import Image, ImageDraw
 from torch.nn.utils.rnn import pad_sequence
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from data import shapes
-from data.files import generator, numpy_generator
 from data.images import to_pixels
 from data.index import progress
 from data.shapes import COLOURS, NUMBERS, PLURAL, POSITIONS, SHAPES
@@ -26,29 +24,24 @@ def new_vae():
     return AutoencoderKL(3, 3, down, up, (16, 32, 64, 64), **others)
 
 
-def crowded_picture(rng, size=64):
-    """A crop for the VAE: one to three shapes of the usual sizes anywhere, overlapping, beyond the edge."""
-    image = Image.new("RGB", (4 * size, 4 * size), shapes.BACKGROUND)
-    for _ in range(rng.integers(1, 4)):
-        x, y = rng.uniform(-0.1, 1.1) * 4 * size, rng.uniform(-0.1, 1.1) * 4 * size
-        r = rng.uniform(0.11, 0.25) * 4 * 128
-        shape, colour = str(rng.choice(SHAPES)), COLOURS[str(rng.choice(list(COLOURS)))]
-        shapes.draw_object(ImageDraw.Draw(image), shape, colour, x, y, r)
+def crowded_picture(rng):
+    """A crop of 64 px for the VAE: one to three shapes of usual sizes anywhere, overlapping, cut off."""
+    image = Image.new("RGB", (256, 256), shapes.BACKGROUND)
+    for x, y in 256 * rng.uniform(-0.1, 1.1, (rng.integers(1, 4), 2)):
+        shape, colour = rng.choice(SHAPES), COLOURS[str(rng.choice(list(COLOURS)))]
+        shapes.draw_object(ImageDraw.Draw(image), shape, colour, x, y, 512 * rng.uniform(0.11, 0.25))
     return image.reduce(4)
 
 
-def vae_loss(vae, name, step, batch_size, seed):
+def vae_loss(vae, basis, rng):
     """L1 + 1e-4 KL on crowded pictures, and three latent channels held to the mean colour of their 8x8
-    pixels, in a colour basis that each VAE draws for itself: else the encoder lines all colours up along one
-    direction, close to each other, and the denoiser picks another for every part of an object."""
-    images = to_pixels([crowded_picture(numpy_generator(seed, name, step, i)) for i in range(batch_size)])
+    pixels, in a colour basis (3, 3) that each VAE draws for itself: else the encoder lines all colours up
+    along one direction, close to each other, and the denoiser picks another for every part of an object."""
+    images = to_pixels([crowded_picture(rng) for _ in range(16)])
     posterior = vae.encode(images).latent_dist
     mean, variance = posterior.mean, posterior.var  # (B, 4, 8, 8)
-    generators = [generator(seed, name, step, i) for i in range(batch_size)]
-    noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
-    l1 = (vae.decode(mean + posterior.std * noise).sample - images).abs().mean()
+    l1 = (vae.decode(posterior.sample()).sample - images).abs().mean()
     kl = 0.5 * (mean**2 + variance - 1 - variance.log()).mean()
-    basis, _ = torch.linalg.qr(torch.randn(3, 3, generator=generator(seed, name, 0, -1)))
     colour = F.mse_loss(mean[:, :3], torch.einsum("ck,bkhw->bchw", basis, F.avg_pool2d(images, 8)))
     return l1 + 1e-4 * kl + colour
 
@@ -71,13 +64,8 @@ def standardise(vae, seed):
 
 def new_tokenizer():
     """T5's tokenizer class with the world's words as pieces; any other word is spelled letter by letter."""
-    words = [
-        *"a an photo of and left right above below".split(),
-        *NUMBERS,
-        *COLOURS,
-        *SHAPES,
-        *PLURAL.values(),
-    ]
+    grammar = "a an photo of and left right above below".split()
+    words = [*grammar, *NUMBERS, *COLOURS, *SHAPES, *PLURAL.values()]
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:!?'\"()-"
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -8.0)]
     pieces += [("▁" + word, -4.0) for word in words] + [(letter, -9.0) for letter in letters]
@@ -110,12 +98,11 @@ def word_labels(record):
     return labels
 
 
-def text_loss(encoder, heads, tokenizer, name, step, batch_size, seed):
+def text_loss(encoder, heads, tokenizer, rng):
     """Each word, one token, is asked for the shape, colour, number and place of the object it belongs to: the
     cross-entropies of four linear heads, summed. Like the real T5 the encoder has then read captions before
     it sees a picture, and its tokens carry which colour and which place is whose."""
-    generators = [numpy_generator(seed, name, step, i) for i in range(batch_size)]
-    records = [shapes.training_record(rng) for rng in generators]
+    records = [shapes.training_record(rng) for _ in range(128)]
     tokens = tokenizer([r["prompt"] for r in records], padding="longest", return_tensors="pt")
     labels = pad_sequence([torch.tensor(word_labels(r)) for r in records], True, -100)  # (B, words, 4)
     features = encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state[:, :-1]
@@ -125,31 +112,25 @@ def text_loss(encoder, heads, tokenizer, name, step, batch_size, seed):
 
 def train_part(name, seed, folder, steps=None):
     """Train a VAE or text encoder and write it, in its library's format, into `folder` once it is done.
-
-    name: vae, text_encoder, or of the stage adapt, which swaps both, vae_adapt, text_encoder_adapt.
-    """
+    name: vae, text_encoder, or of the stage adapt, which swaps both, vae_adapt, text_encoder_adapt."""
     is_vae = name.startswith("vae")
     steps = steps or (2500 if is_vae else 1500)
-    batch_size, decay = (16, 0.5) if is_vae else (128, 0.4)  # decay: share of the steps, the last ones
-    torch.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-    tokenizer = new_tokenizer()
+    decay = 0.5 if is_vae else 0.4  # share of the steps, the last ones
+    rng, tokenizer = np.random.default_rng([seed, zlib.crc32(name.encode())]), new_tokenizer()
+    torch.manual_seed(int(rng.integers(2**63)))
+    basis, _ = torch.linalg.qr(torch.randn(3, 3))
     model = new_vae() if is_vae else new_text_encoder(len(tokenizer))
     heads = [] if is_vae else [torch.nn.Linear(model.config.d_model, len(a)) for a in QUESTIONS.values()]
     parameters = list(torch.nn.ModuleList([model, *heads]).parameters())
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0)
-    ema = EMAModel(parameters, decay=0.9999)
-    for step in (bar := progress(range(steps), desc=name, maxinterval=60)):
-        batch = name, step, batch_size, seed
-        loss = vae_loss(model, *batch) if is_vae else text_loss(model, heads, tokenizer, *batch)
+    for step in (bar := progress(range(steps), desc=name)):
+        loss = vae_loss(model, basis, rng) if is_vae else text_loss(model, heads, tokenizer, rng)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
-        rising, falling = min(1.0, (step + 1) / 50), min(1.0, (steps - step) / (decay * steps))
-        optimizer.param_groups[0]["lr"] = 2e-3 * (rising * falling)
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, (step + 1) / 50, (steps - step) / (decay * steps))
         optimizer.step()
         optimizer.zero_grad()
-        ema.step(parameters)
         bar.set_postfix(loss=f"{loss.item():.4g}", refresh=False)
-    ema.copy_to(parameters)
     temporary = folder.rstrip("/") + ".tmp"
     if is_vae:
         standardise(model, seed)

@@ -1,6 +1,7 @@
 """The shapes world: pictures, captions in GenEval's grammar, a detector that scores them; and all of it as an
 ordinary captioned data set, which `data.images` reads as it reads anybody's."""
 
+import functools
 import glob
 import io
 import itertools
@@ -18,14 +19,8 @@ from data.images import aspect_ratios
 from data.index import in_processes
 
 SHAPES = ("circle", "square", "star", "cross")
-COLOURS = {
-    "red": (220, 50, 47),
-    "green": (40, 160, 70),
-    "blue": (38, 90, 210),
-    "yellow": (245, 200, 40),
-    "purple": (150, 60, 190),
-    "black": (40, 40, 40),
-}
+COLOURS = dict(red=(220, 50, 47), green=(40, 160, 70), blue=(38, 90, 210))
+COLOURS |= dict(yellow=(245, 200, 40), purple=(150, 60, 190), black=(40, 40, 40))
 BACKGROUND = (244, 242, 236)
 POSITIONS = ("left of", "right of", "above", "below")
 NUMBERS = ("zero", "one", "two", "three", "four")
@@ -208,23 +203,19 @@ def score_shapes(image, record):
 
 
 # -- the world as a data set ---------------------------------------------------------------------------------
-def write_shard(path, numbers, pixels, seed, ratios):
-    """One tar file of pictures `numbers`, each as .png, .txt (its caption) and .json (its record)."""
+def write_shard(numbers, pixels, seed, ratios, path):
+    """A tar file of pictures `numbers`, each as .png, .txt (its caption) and .json (its record)."""
     sides = [tuple(map(int, aspect_ratios(pixels)[ratio]))[::-1] for ratio in ratios]
-
-    def write(temporary):
-        with tarfile.open(temporary, "w") as tar:
-            for k in numbers:
-                rng = np.random.default_rng([seed, pixels, k])
-                record, png = training_record(rng), io.BytesIO()
-                draw_shapes(record, sides[k % len(sides)], rng).save(png, "PNG")
-                text, about = record["prompt"].encode(), json.dumps(record).encode()
-                for suffix, content in dict(png=png.getvalue(), txt=text, json=about).items():
-                    info = tarfile.TarInfo(f"{k:08}.{suffix}")  # of 1970: the same bytes at any time
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-
-    write_atomically(path, write)
+    with tarfile.open(path, "w") as tar:
+        for k in numbers:
+            rng = np.random.default_rng([seed, pixels, k])
+            record, png = training_record(rng), io.BytesIO()
+            draw_shapes(record, sides[k % len(sides)], rng).save(png, "PNG")
+            text, about = record["prompt"].encode(), json.dumps(record).encode()
+            for suffix, content in dict(png=png.getvalue(), txt=text, json=about).items():
+                info = tarfile.TarInfo(f"{k:08}.{suffix}")  # of 1970: the same bytes at any time
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
 
 
 def write_shards(folder, pixels, count, seed, ratios=("1.0",)):
@@ -232,10 +223,11 @@ def write_shards(folder, pixels, count, seed, ratios=("1.0",)):
     -> the glob of its shards. Picture k is a function of (seed, pixels, k), its sides those of the buckets
     named `ratios` in turn.  Raises ValueError if `folder` was made with other arguments."""
     claim(folder, dict(pixels=pixels, count=count, seed=seed, ratios=ratios))
-    numbers = [range(count)[first : first + 1000] for first in range(0, count, 1000)]
-    paths = [os.path.join(folder, f"{k:05}.tar") for k in range(len(numbers))]
+    jobs = []
+    for first in range(0, count, 1000):
+        write = functools.partial(write_shard, range(count)[first : first + 1000], pixels, seed, ratios)
+        jobs.append((os.path.join(folder, f"{first // 1000:05}.tar"), write))
     with rank_zero_first():
-        jobs = [(*job, pixels, seed, ratios) for job in zip(paths, numbers) if not os.path.exists(job[0])]
-        if jobs:
-            list(in_processes(write_shard, jobs, f"drawing {count} pictures of {pixels} px, 1,000 at a time"))
+        if missing := [job for job in jobs if not os.path.exists(job[0])]:
+            list(in_processes(write_atomically, missing, f"drawing {count} pictures of {pixels} px"))
     return os.path.join(glob.escape(folder), "*.tar")

@@ -140,7 +140,7 @@ def test_images_come_out_right_from_folders_and_shards(tmp_path, folder):
     of_folder, of_shards = load(folder), load(tmp_path / "shard-*.tar")
     assert of_folder.skipped == {
         "not readable as an image (FileNotFoundError)": 1,
-        "an empty caption": 1,
+        "a caption that is empty, or no text": 1,
         "a line without file_name, or without text or caption": 2,
         "not readable as an image (UnidentifiedImageError)": 1,
     }
@@ -175,7 +175,7 @@ def test_bad_images_and_captions_are_skipped_and_counted(tmp_path):
         "not readable as an image (DecompressionBombError)": 1,
         "a file outside the folder": 2,
         "not readable as an image (OSError)": 1,
-        "text that is not UTF-8": 1,
+        "a caption that is empty, or no text": 1,
     }
     with pytest.raises(ValueError, match="no usable image.*too small"):
         load(folder, 1024)
@@ -197,12 +197,8 @@ def test_shards_follow_webdatasets_names(tmp_path):
     latin = [("g.png", PNG), ("g.txt", "\u00e9".encode("latin-1")), ("h.png", PNG), ("noextension", b"")]
     write_tar(tmp_path / "x.tar", *mac, *a, *split, *twice, *half, *latin)
     data = load(tmp_path / "x.tar")
-    assert prompts_of(data) == ["one", "two", "e", "half ?"]
-    assert data.skipped == {
-        "no image, or no caption beside it": 2,
-        "a key that occurs twice, or whose files lie apart": 2,
-        "text that is not UTF-8": 1,
-    }
+    assert prompts_of(data) == ["one", "two", "first", "e", "again"]
+    assert data.skipped == {"no image, or no caption beside it": 2, "a caption that is empty, or no text": 2}
 
 
 def test_usual_folders_are_read(tmp_path):
@@ -239,7 +235,7 @@ def test_patterns_and_spellings(tmp_path, monkeypatch):
     names = ["caption 9", "caption 10", "caption 11"]
     data = load(".")
     assert prompts_of(data) == prompts_of(load("~/shards/*.tar")) == names
-    assert data.skipped == {"not a whole tar file (compressed with gzip: uncompress it first)": 1}
+    assert sum(data.skipped.values()) == 1 and "or a compressed one" in next(iter(data.skipped))
     with pytest.raises(ValueError, match="neither a folder nor a pattern .* no braces"):
         load("{09..11}.tar")
     sources = (".", "../shards", "../shards/", "~/shards", str(shards))
@@ -314,8 +310,8 @@ def test_every_image_comes_once_an_epoch_whoever_takes_it():
 def test_timesteps_outside_are_drawn_again(tmp_path, components):
     data = small(tmp_path, components)
     generators = [files.generator(0, "kd", 0, i) for i in range(400)]
-    data.moments_of = lambda numbers, following: (numbers, torch.zeros(400, 2, 1, 1, 1))
-    t = data.batch([(0, 0)] * 400, generators, timesteps=(950, 100))["t"]
+    data.moments_of = lambda numbers: (numbers, torch.zeros(400, 2, 1, 1, 1))
+    t = data.batch([0] * 400, generators, timesteps=(950, 100))["t"]
     assert t.dtype == torch.long and 0 <= t.min() and t.max() < 1000 and (t == 999).float().mean() < 0.03
 
 
@@ -385,9 +381,9 @@ def test_batches_with_and_without_a_cache_are_the_same(tmp_path, components, mon
     def generators(turn):
         return [files.generator(0, "kd", turn, i) for i in range(2)]
 
-    for turn, pair in enumerate(itertools.islice(itertools.pairwise(cached.order(2)), 6)):
+    for turn, chosen in enumerate(itertools.islice(cached.order(2), 6)):
         with torch.autocast("cpu", torch.bfloat16):  # the frozen parts run outside it
-            a, b = (data.batch(list(zip(*pair)), generators(turn)) for data in (cached, uncached))
+            a, b = (data.batch(chosen, generators(turn)) for data in (cached, uncached))
         for name in ("noise", "t", "mask"):
             assert torch.equal(a[name], b[name]), name
         inside = b["mask"].bool()
@@ -443,7 +439,7 @@ def test_pictures_of_equal_names_in_two_folders_share_no_cache(tmp_path, compone
         Image.new("RGB", (128, 128), colour).save(tmp_path / colour / "a.bmp")
         (tmp_path / colour / "a.txt").write_text("a square")
         data = load(tmp_path / colour, 128, *components(tmp_path), cache=str(tmp_path / "cache"))
-        moments.append(data.moments_of([0], [])[1])
+        moments.append(data.moments_of([0])[1][0])
     assert not torch.equal(*moments)
 
 
