@@ -89,7 +89,7 @@ def write_png(path, image, **text_fields):
 
 
 def fingerprint(path_or_repo):
-    """A short name of a folder's configs, tokenizer and weights, of all bytes; a repository is its own."""
+    """A short name of a model: of all bytes of configs, tokenizer and weights; a repository is its own."""
     if not os.path.isdir(path_or_repo):
         return path_or_repo
     kinds = ("config.json", "tokenizer.json", "spiece.model", ".safetensors", ".bin")

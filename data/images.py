@@ -1,8 +1,6 @@
 """Captioned images -> aspect-ratio buckets, batches of latents and text, from the images or from a cache.
 
-    python -m data.images SOURCE [--size 512]   # what is in a data set: buckets, what is skipped and why
-
-Every random draw is a function of (seed, stage, step, index in the global batch).
+python -m data.images SOURCE [--size 512]   # what is in a data set: buckets, what is skipped and why
 """
 
 import argparse
@@ -50,8 +48,7 @@ def to_rgb(image):
 
 def to_pixels(images):
     """List of equally large PIL images -> (B, 3, h, w) in [-1, 1]."""
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def aspect_ratios(pixels):
@@ -73,11 +70,9 @@ def nearest_buckets(heights, widths, pixels):
 class ImageData:
     """Captioned images in buckets of like aspect ratio, as batches for training.
 
-    Args:
-        source: see `find_pieces`.  pixels: base size of the buckets.  folder: where the index is kept.
-        vae, text_encoder: None if the images are only looked at.
-        cache: None, or a folder: latent moments and caption features are computed once, into it; VAE and text
-            encoder are let go then.
+    source: see `find_pieces`.  pixels: base size of the buckets.  folder: where the index is kept.
+    vae, text_encoder: None if the images are only looked at.
+    cache: None, or a folder: moments and caption features are computed once, into it, and both parts let go.
     Attributes: buckets: {(height, width): numbers of images}.  skipped: {reason: count}.
     Raises ValueError, saying what was looked for, if nothing is usable; if the cache is of other parts.
     """
@@ -147,8 +142,7 @@ class ImageData:
             raise ValueError(f"{path} is damaged ({error}); remove it, and it is made again") from error
 
     def fill_cache(self):
-        """Compute the files that the cache lacks, this process's share of them. What is there stays, so a
-        run that was cut off goes on."""
+        """Compute the files that the cache lacks, this process's share; a run that was cut off goes on."""
         captions = "captions", self.index.count, self.encoded_captions
         images = f"{self.pixels}px", len(self.rows), self.encoded_images
         for kind, count, encoded in (captions, images):

@@ -33,7 +33,6 @@ INSERT = "INSERT INTO images VALUES (?, ?, ?, ?, ?, (SELECT number FROM captions
 
 seconds = 1 if sys.stderr.isatty() else 60  # in a log file
 progress = functools.partial(tqdm, disable=RANK > 0, mininterval=seconds, maxinterval=60)
-csv.field_size_limit(2**31 - 1)
 
 
 def in_processes(function, jobs, what):
@@ -130,7 +129,9 @@ def list_images(piece):
     for record in read_shard(piece) if isinstance(piece, str) else piece:
         if isinstance(record, str):
             skipped[record] += 1
-        elif not record[1] or re.search("[\ud800-\udfff]", record[1]):  # what is no UTF-8, half of an emoji
+        elif not record[1] or re.search(
+            "[\ud800-\udfff]", record[1]
+        ):  # bytes that are no UTF-8, half an emoji
             skipped["a caption that is empty, or no text"] += 1
         else:
             file, caption, offset, length, opened = record
@@ -159,7 +160,6 @@ def write_index(pieces, what, path):
 
 class Index:
     """What a data set holds: looked at by the first process, unless `folder` has an index of these files.
-
     Attributes: images (n, 3) of height, width, caption; count: of captions; skipped {why: count}; digest: of
     the files' names, sizes and dates.
     """

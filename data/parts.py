@@ -40,7 +40,7 @@ def vae_loss(vae, basis, rng):
     images = to_pixels([crowded_picture(rng) for _ in range(16)])
     posterior = vae.encode(images).latent_dist
     mean, variance = posterior.mean, posterior.var  # (B, 4, 8, 8)
-    l1 = (vae.decode(posterior.sample()).sample - images).abs().mean()
+    l1 = F.l1_loss(vae.decode(posterior.sample()).sample, images)
     kl = 0.5 * (mean**2 + variance - 1 - variance.log()).mean()
     colour = F.mse_loss(mean[:, :3], torch.einsum("ck,bkhw->bchw", basis, F.avg_pool2d(images, 8)))
     return l1 + 1e-4 * kl + colour
@@ -106,8 +106,7 @@ def text_loss(encoder, heads, tokenizer, rng):
     tokens = tokenizer([r["prompt"] for r in records], padding="longest", return_tensors="pt")
     labels = pad_sequence([torch.tensor(word_labels(r)) for r in records], True, -100)  # (B, words, 4)
     features = encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state[:, :-1]
-    answers = [head(features).flatten(0, 1) for head in heads]
-    return sum(F.cross_entropy(answer, labels[..., k].flatten()) for k, answer in enumerate(answers))
+    return sum(F.cross_entropy(head(features).mT, labels[..., k]) for k, head in enumerate(heads))
 
 
 def train_part(name, seed, folder, steps=None):
