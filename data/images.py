@@ -1,6 +1,8 @@
 """Captioned images -> aspect-ratio buckets, batches of latents and text, from the images or from a cache.
 
-python -m data.images SOURCE [--size 512]   # what is in a data set: buckets, what is skipped and why
+    python -m data.images SOURCE [--size 512]   # what is in a data set: buckets, what is skipped and why
+
+Every random draw is a function of (seed, stage, step, index in the global batch).
 """
 
 import argparse

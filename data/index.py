@@ -129,9 +129,7 @@ def list_images(piece):
     for record in read_shard(piece) if isinstance(piece, str) else piece:
         if isinstance(record, str):
             skipped[record] += 1
-        elif not record[1] or re.search(
-            "[\ud800-\udfff]", record[1]
-        ):  # bytes that are no UTF-8, half an emoji
+        elif not record[1] or re.search("[\ud800-\udfff]", record[1]):  # no UTF-8, half an emoji
             skipped["a caption that is empty, or no text"] += 1
         else:
             file, caption, offset, length, opened = record
