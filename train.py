@@ -9,8 +9,8 @@
     forcing   teacher       Mamba layers              equation 6     1
     kd        forcing       all token mixers          equation 11    1
     adapt     kd            everything                equation 8     1      (new embedding, schedule, VAE, T5)
-    hires1    adapt         everything                equation 8     2 (80% of the images), 1 (20%)
-    hires2    hires1        everything                equation 8     4
+    hires1    adapt         everything                equation 8     2 (80% of the images), 1; shapes: half
+    hires2    hires1        everything                equation 8     4; shapes: 4, 2, 1
 
 Each stage writes OUT/STAGE: config.json and safetensors (EMA weights, what sample.py and diffusers load),
 made_with.json (all that its result depends on; a folder begun with other things is refused),
@@ -164,19 +164,19 @@ STAGES = {
     "adapt": Stage(
         after="kd", trains="everything", faster="ends", loss="noise", swaps=True,
         changes=dict(pos_embed="centered", beta_schedule="scaled_linear"),
-        shapes=dict(steps=6000, lr=2e-3, new_lr=4e-3, snr_weight=0.5, ratios=RATIOS,
+        shapes=dict(steps=10_000, lr=2e-3, new_lr=4e-3, snr_weight=0.5, ratios=RATIOS,
                     warmup=400,  # what the blocks know survives until the new ends have learned
                     timesteps=(640, 240)),  # the quadratic schedule moves layout to later timesteps
         t2md=dict(steps=100_000)),
     "hires1": Stage(
         after="adapt", trains="everything", loss="noise",
-        shapes=dict(steps=2400, lr=2e-3, sizes={2: 0.8, 1: 0.2}, timesteps=(640, 260), pictures=5_000,
-                    ratios=RATIOS, sampler=dict(start_size=16)),
+        shapes=dict(steps=1200, sizes={2: 0.2, 1: 0.8},  # half of the steps each: 128 px is not forgotten
+                    timesteps=(640, 260), pictures=5_000, ratios=RATIOS, sampler=dict(start_size=16)),
         t2md=dict(steps=40_000, sizes={2: 0.8, 1: 0.2})),  # "the ratio for 1024 data is 80%"
     "hires2": Stage(
         after="hires1", trains="everything", loss="noise",
-        shapes=dict(steps=2500, batch_size=64, lr=2e-3, snr_weight=0.5, pictures=2_500, ratios=RATIOS,
-                    sizes={4: 0.1, 2: 0.15, 1: 0.75}),  # of the steps .55, .2 and .25
+        shapes=dict(steps=2000, batch_size=64, snr_weight=0.5, pictures=2_500, ratios=RATIOS,
+                    sizes={4: 0.07, 2: 0.18, 1: 0.75}),  # of the steps .43, .28 and .29
         t2md=dict(steps=20_000, sizes={4: 1.0})),
 }
 # fmt: on
