@@ -244,7 +244,7 @@ def stages_to_run(args):
     if args.stage == "all":
         return [n for n in trained if not finished(os.path.join(args.out, n))]
     if args.stage not in trained:
-        raise ValueError(f"it starts from {CONFIGS[args.config]['teacher']}, it trains no {args.stage}")
+        raise ValueError(f"{args.config} starts from {find_teacher(args)}, it trains no {args.stage}")
     names = [args.stage]
     while (name := before(names[0], args)) is not None:
         folder = find_teacher(args) if name == "teacher" else os.path.join(args.out, name)
@@ -390,8 +390,8 @@ def example_painter(job, args, teacher, vae, text_encoder, data, base):
     images, side = data[min(data)], job.settings["example_size"] or base * max(data)
     captions = [images.caption(k) for k in range(min(job.settings["examples"], len(images.rows)))]
     if args.example_prompts:
-        prompts = [record["prompt"] for record in sample.read_prompts(args.example_prompts)]
-        captions = prompts[: job.settings["examples"]]
+        records = sample.read_prompts(args.example_prompts)[: job.settings["examples"]]
+        captions = [record["prompt"] for record in records]
     encoded = sample.encode_first(text_encoder, ["", *captions])  # the device's is the data's alone
     rows = []
     if teacher and captions and not RANK:
