@@ -247,7 +247,7 @@ def chunk(state, x, dt, A, B, C):
     u = x * dt[..., None].to(x.dtype)  # 1. what each token brings: dt x
     s = (dt * A).cumsum(1)  # 2. the log of the decay from the chunk's start to each token
     s_last, s_rows = s[:, -1], s.movedim(1, -1)  # (b, g, r), (b, g, r, c)
-    L = (s_rows[..., :, None] - s_rows[..., None, :]).clamp(max=0).exp()  # 3. decay from j to i
+    L = (s_rows[..., :, None] - s_rows[..., None, :]).tril().exp()  # 3. decay from j to i
     G = torch.einsum("bign,bjgn->bgij", C, B).tril()[:, :, None]  # 4. C_i . B_j where j <= i, else 0
     y = torch.einsum("bgrij,bjgrp->bigrp", (G * L).to(x.dtype), u)  # 5. what the chunk reads of itself
     if state is not None:  # 6. what it reads of all before it
