@@ -173,7 +173,7 @@ STAGES = {
         after="adapt", trains="everything", loss="noise",
         shapes=dict(steps=1200, sizes={2: 0.2, 1: 0.8},  # half of the steps each: 128 px is not forgotten
                     timesteps=(640, 260), pictures=5_000, ratios=RATIOS,
-                    sampler=dict(start_size=16, renoise=150)),  # measured: claims/README.md
+                    sampler=dict(start_size=16, renoise=60)),  # measured: claims/README.md
         t2md=dict(steps=40_000, sizes={2: 0.8, 1: 0.2})),  # "the ratio for 1024 data is 80%"
     "hires2": Stage(
         after="hires1", trains="everything", loss="noise",
