@@ -60,7 +60,7 @@ CONFIGS = {
         float32_attention=False,
         adapt={},  # a second VAE and text encoder of its own, as shipped or from data/parts.py
         model=dict(  # of a teacher that starts from nothing
-            **dict(width=128, heads=4, caption_width=64, d_state=32, head_dim=32, chunk_size=32),
+            **dict(width=128, heads=4, caption_width=64, d_state=32, head_dim=64, chunk_size=32),
             sample_size=16,  # 128 px
             renoise=600,
             guidance=4.5,  # measured: claims/README.md
@@ -155,11 +155,11 @@ STAGES = {
                     timesteps=(580, 230))),  # where layout and binding are decided
     "forcing": Stage(
         after="teacher", trains="mamba", loss="forcing",
-        shapes=dict(steps=1200, batch_size=16, lr=2e-2, warmup=10, pictures=5_000),
+        shapes=dict(steps=300, batch_size=16, lr=2e-2, warmup=10, pictures=2_500),
         t2md=dict(steps=20_000, lr=1e-4, clip=1.0)),  # fresh layers: a higher rate, a looser clip
     "kd": Stage(
         after="forcing", trains="mixers", faster="mamba", loss="kd",
-        shapes=dict(steps=1100, lr=4e-3, pictures=5_000),
+        shapes=dict(steps=1100, batch_size=16, lr=8e-3, decay=0.7, pictures=2_500),
         t2md=dict(steps=180_000, new_lr=1e-4, clip=0.1)),
     "adapt": Stage(
         after="kd", trains="everything", faster="ends", loss="noise", swaps=True,
@@ -184,7 +184,7 @@ STAGES = {
 # fmt: on
 CHAIN = tuple(STAGES)
 STUDENT = ("pattern", "padding_tokens", "local_enhancement")  # flags by which it differs from its teacher
-QUICK = dict.fromkeys(("forcing", "kd"), dict(steps=120, pictures=1_000))  # --quick: worse pictures, soon
+QUICK = dict.fromkeys(("forcing", "kd"), dict(steps=200, pictures=1_000))  # --quick: worse pictures, soon
 
 
 def settings(name, args):
