@@ -60,7 +60,7 @@ CONFIGS = {
         float32_attention=False,
         adapt={},  # a second VAE and text encoder of its own, as shipped or from data/parts.py
         model=dict(  # of a teacher that starts from nothing
-            **dict(width=128, heads=4, caption_width=64, d_state=32, head_dim=64, chunk_size=32),
+            **dict(width=128, heads=4, caption_width=64, d_state=32, chunk_size=32),
             sample_size=16,  # 128 px
             renoise=600,
             guidance=4.5,  # measured: claims/README.md
