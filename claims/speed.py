@@ -94,7 +94,7 @@ def seconds(functions, repeats, device):
 
 def matmul_rate(args):
     """Operations a second of a large matrix product, the best of seven; prints what all times depend on."""
-    n, dtype = 8192 if args.device == "cuda" else 2048, getattr(torch, args.dtype)
+    n, dtype = 8192 if args.device == "cuda" else 1024, getattr(torch, args.dtype)
     a, b = torch.randn(2, n, n, device=args.device, dtype=dtype)
     rate = 2 * n**3 / min(seconds([lambda: a @ b], 1, args.device)[0][0] for _ in range(7))
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
