@@ -1130,7 +1130,8 @@ def test_the_chain_trains_what_it_should(chain):
         assert config["pattern"] == ("SSSSSSS" if stage == "teacher" else "SHWHWHW")
         assert config["pos_embed"] == ("centered" if adapted else "pixart")
         assert config["beta_schedule"] == ("scaled_linear" if adapted else "linear")
-        assert (config["guidance"], config["guidance_interval"]) == (3.0, 400)
+        sampler = [config.get(name) for name in ("guidance", "guidance_interval", "renoise", "start_size")]
+        assert sampler == [3.0, 400, *((60, 16) if stage.startswith("hires") else (600, None))]
         assert config["vae"] == ("../vae_adapt" if adapted else "../vae")
         assert config["text_encoder"] == ("../text_encoder_adapt" if adapted else "../text_encoder")
         assert config["sample_size"] == 16 * {"hires1": 2, "hires2": 4}.get(stage, 1)
