@@ -32,7 +32,7 @@ import time
 import types
 import zipfile
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -276,11 +276,12 @@ def find_part(part, name, start, args):
 def resolve(name, args):
     """Find all that a stage needs, whose predecessors are finished -> one record of it:
 
-    name, stage; folder: where it writes; start: the model it starts from, teacher: the one its loss asks (or
-    None), vae, text_encoder: folders or repositories; settings; record: what its result depends on, but for
-    the number of steps, which may grow.
+    name, stage; folder: where it writes; start: the model it starts from, teacher: the one its loss asks, or
+    None; vae, text_encoder: folders or repositories; settings; record: what its result depends on, but steps.
     """
-    first, start, teacher = before(name, args), args.teacher, None
+    stage, first, start, teacher = STAGES[name], before(name, args), args.teacher, None
+    if name == "kd" and args.init == "scratch":  # nothing of it is the teacher's, that it could keep
+        stage = replace(stage, trains="everything", faster="everything")
     if first is not None:
         start = find_teacher(args) if first == "teacher" else os.path.join(args.out, first)
     paths = {part: find_part(part, name, start, args) for part in ("vae", "text_encoder")}
@@ -290,7 +291,7 @@ def resolve(name, args):
     record |= {part: files.fingerprint(path) for part, path in paths.items()}
     record |= dict(data=canonical(args.data), seed=args.seed, dtype=args.dtype)
     record["starts_from"] = files.fingerprint(start) if start else None
-    if STAGES[name].loss != "noise":
+    if stage.loss != "noise":
         teacher = find_teacher(args)
         record["teacher"] = files.fingerprint(teacher)
     flags = dict(forcing=STUDENT, kd=(*STUDENT, "init", "soft_weight", "mixer_weight"), adapt=("pos_embed",))
@@ -300,7 +301,7 @@ def resolve(name, args):
         shared = {key: record[key] for key in ("teacher", *STUDENT)}
         files.claim(beginning, files.read_json(os.path.join(beginning, "made_with.json")) | shared)
     found = dict(folder=os.path.join(args.out, name), start=start, teacher=teacher, **paths)
-    return types.SimpleNamespace(name=name, stage=STAGES[name], settings=chosen, record=record, **found)
+    return types.SimpleNamespace(name=name, stage=stage, settings=chosen, record=record, **found)
 
 
 def start_model(job, args):

@@ -88,6 +88,8 @@ def test_table1_runs_every_row_once(tmp_path, monkeypatch, capsys):
     trained = {"from-scratch-{}/kd": 4, "four-way-scan-{}/forcing": 1, "four-way-scan-{}/kd": 3}
     assert steps == {path.format(seed): n for seed in range(2) for path, n in trained.items()}
     assert t2md.load_backbone(f"{tmp_path}/ablate/four-way-scan-1/kd").config.pattern == "S><v^><"
+    scratch = t2md.load_backbone(f"{tmp_path}/ablate/from-scratch-1/kd")
+    assert scratch.proj_out.weight.any()  # all of it is trained: the output layer begins at zero
     run(table1, *command, "--seeds", 2)  # all done: the table again, and nothing else
     printed, table = capsys.readouterr().out, files.read_json(tmp_path / "ablate" / "table.json")
     assert printed.strip() == (tmp_path / "ablate" / "table.md").read_text().strip()
