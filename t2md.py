@@ -828,7 +828,7 @@ def student_of(teacher, pattern, llama=False, **overrides):
         head = teacher.config.width // teacher.config.heads
         overrides |= dict(expand=1, d_state=head, head_dim=head, n_groups=teacher.config.heads)
     arguments |= dict(pattern=pattern, out_channels=arguments["in_channels"]) | overrides
-    student = (DiM if "padding_tokens" in arguments else T2MD)(**arguments)
+    student = (DiM if arguments.keys() & {"padding_tokens", "local_enhancement"} else T2MD)(**arguments)
     changed = [n for n, letter in enumerate(pattern) if letter != teacher.config.pattern[n]]
     fresh = tuple(f"blocks.{n}.mixer." for n in changed)
     copied = {name: w for name, w in teacher.state_dict().items() if not name.startswith(fresh)}
@@ -902,7 +902,7 @@ class LocalEnhancement(nn.Module):
 class DiM(T2MD):
     """T2MD with DiM's padding tokens and local enhancement.  Args: both switches; then T2MD's."""
 
-    def __init__(self, padding_tokens=True, local_enhancement=True, **arguments):
+    def __init__(self, padding_tokens=False, local_enhancement=False, **arguments):
         super().__init__(**arguments)
         self.register_to_config(padding_tokens=padding_tokens, local_enhancement=local_enhancement)
         width = self.config.width

@@ -422,7 +422,8 @@ def test_padding_tokens_end_every_line_and_never_reach_the_output(tmp_path):
     padded = padded.unflatten(1, grid)
     assert all(torch.equal(padded[0, y, 5:], padding.tokens) for y in range(7))
     assert all(torch.equal(padded[1, 4:, x], padding.tokens) for x in range(5))
-    model = shuffled(DiM(True, False, pattern="SHWv", **TINY))
+    model = shuffled(DiM(padding_tokens=True, pattern="SHWv", **TINY))
+    assert model.enhance_first is None
     out, mixers = t2md.predict_noise(model, **inputs(size=(8, 12)), return_mixers=True)
     assert out.shape == (2, 4, 8, 12) and {h.shape for pair in mixers for h in pair} == {(2, 24, 48)}
     out.square().mean().backward()
@@ -437,8 +438,8 @@ def test_padding_tokens_end_every_line_and_never_reach_the_output(tmp_path):
 def test_local_enhancement_starts_as_the_identity(tmp_path):
     teacher = as_teacher(shuffled(pixart()), tmp_path)
     plain = t2md.student_of(teacher, "SW", d_state=8, head_dim=16)
-    shape = dict(padding_tokens=False, local_enhancement=True)
-    enhanced = t2md.student_of(teacher, "SW", d_state=8, head_dim=16, **shape)
+    enhanced = t2md.student_of(teacher, "SW", d_state=8, head_dim=16, local_enhancement=True)
+    assert enhanced.padding is None
     enhanced.load_state_dict(plain.state_dict(), strict=False)
     x = inputs(size=(8, 12))
     with torch.no_grad():
