@@ -445,6 +445,7 @@ def test_local_enhancement_starts_as_the_identity(tmp_path):
         assert torch.equal(t2md.predict_noise(enhanced, **x), noise)
         enhanced.enhance_last.conv.weight[:, 0, 0, 1] = 0.1  # sees the token above
         assert relative(t2md.predict_noise(enhanced, **x), noise) > 1e-3
+    assert enhanced.enhance_first in train.modules(enhanced, train.STAGES["kd"].trains)
 
 
 def test_attention_to_mamba_initialisation(tmp_path):

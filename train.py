@@ -668,7 +668,7 @@ def parse_arguments(argv=None):
         "teacher, one to train further")
     add("--pattern", help="the student's mixers, a letter a block: S H W > < v ^ (default: the config's)")
     add("--init", default="forcing", choices=("scratch", "teacher", "forcing", "llama"),
-        help="what kd starts from: nothing, all of the teacher but its mixers, forcing, its attention too")
+        help="kd from nothing (all is trained), the teacher but its mixers, forcing, or its attention too")
     add("--pos-embed", default="centered", choices=t2md.COORDINATES, help="adapt's (default centered)")
     add("--soft-weight", type=float, default=0.5, help="of L_soft in kd (default 0.5; 0 switches it off)")
     add("--mixer-weight", type=float, default=0.2, help="of L_mixer in kd (default 0.2; 0 switches it off)")
