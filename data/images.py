@@ -174,7 +174,7 @@ class ImageData:
             shards = [self.open_shard(self.path(f"{self.pixels}px", k)) for k in numbers]
             seen = [int(shard.get_tensor(f"{k} shown")) for shard, k in zip(shards, numbers)]
             return seen, [shard.get_tensor(f"{k}").float() for shard, k in zip(shards, numbers)]
-        # one by one: it takes less memory, and a batch is hardly quicker
+        # one by one: the VAE's memory does not grow with the number of images
         seen, pictures = zip(*self.decoders.map(self.picture, numbers))
         return seen, [torch.cat(self.vae.moments(to_pixels([picture]))).cpu() for picture in pictures]
 
