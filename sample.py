@@ -1,16 +1,19 @@
 """Sample images from a T2MD checkpoint (or any diffusers PixArt folder), at any size.
 
-    python sample.py "a photo of a red circle and a blue square"          # the shipped student, base size
+    python sample.py "a photo of a red circle and a blue square"          # the shipped student, its own size
     python sample.py "a photo of a star" --size 2048                      # far above the trained size
     python sample.py "prompt" --size 3840x2160 --n 4 --seed 7 --steps 20 --guidance 4.5 --negative "..."
     python sample.py --prompts evaluation_metadata.jsonl --n 4 --out DIR  # GenEval's layout
     torchrun --nproc-per-node 8 sample.py --prompts prompts.txt --images 4 --out DIR
 
 From Python: `sample.load("assets/student")(["a photo of a star"], size=(512, 512), seeds=[0])` -> PIL images.
+
+Sections: 1 the sampler - 2 whole pictures - 3 export - 4 prompts and files - 5 the command line.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -18,9 +21,9 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import tempfile
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -32,137 +35,107 @@ from transformers.utils import logging as transformers_logging
 
 import t2md
 from data import files
-from t2md import ALWAYS_FLOAT32, VAE, MambaMixer, TextEncoder, load_backbone, pad_features, predict_noise
 
 transformers_logging.disable_progress_bar()  # its bars for loading weights drown ours
 HERE = os.path.dirname(os.path.abspath(__file__))
 SHIPPED = os.path.join(HERE, "assets", "student")
 
+# ---------------------------------------------------------------------------------------------------
+# 1. The sampler
+# ---------------------------------------------------------------------------------------------------
 
-# -- 1. the sampler ----------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How a picture is sampled. The last three are the checkpoint's own unless they are given."""
+
+    steps: int = 20  # of DPM-Solver++
+    negative: str = ""  # prompt of the unconditional branch
+    upscale: int = 1  # upsample guidance, for so many times the trained size
+    direct: bool = False  # from noise at the full size, as the paper does; else progressively, see `generate`
+    guidance: float = 4.5  # classifier-free guidance; at most 1: none
+    guidance_interval: int = 0  # timestep below which there is no guidance (Kynkaanniemi et al. 2024)
+    renoise: int = 500  # timestep up to which an enlarged picture is noised again
+
+
+def sampler_settings(model, **given):
+    """A model's SamplerSettings: what is `given` and not None, then what its config.json says."""
+    settings = {name: model.config[name] for name in ("guidance", "guidance_interval", "renoise")}
+    for name, value in given.items():
+        if value is not None:
+            settings[name] = value
+    return SamplerSettings(**settings)
+
+
 @torch.no_grad()
-def denoise(model, text, negative, latents, steps=20, guidance=4.5, guidance_interval=0, pixels_per_latent=8,
-            upscale=1, picture=None, renoise=1000, progress=False):  # fmt: skip
-    """Noise -> latents, by DPM-Solver++ with guidance (equation 2); equals diffusers' PixArtAlphaPipeline.
+def denoise(model, text, mask, latents, settings, pixels_per_latent=8, picture=None, progress=False):
+    """Noise -> latents (b, c, height, width), by DPM-Solver++ with guidance (equation 2).
 
-    text, negative: (features, mask) of the captions and of the unconditional branch, B rows each; the latter
-        is not computed if guidance is at most 1 or t < guidance_interval (Kynkaanniemi et al. 2024).
-    latents: standard normal noise (B, C, h, w).  upscale: see `upsample_guidance`.
-    picture: latents (B, C, h, w) to start from instead, at the sampler's first timestep <= renoise.
+    Equals diffusers' PixArtAlphaPipeline.
+
+    text (2b, s, caption_width), mask (2b, s): first of the unconditional branch, then of the captions.
+    latents: standard normal noise (b, c, height, width).  settings: a SamplerSettings.
+    picture: latents (b, c, height, width) to start from instead, at the first timestep <= settings.renoise.
     """
+    # 1. The scheduler: the timesteps, and how one is left for the next.
     scheduler = make_scheduler(model.config.beta_schedule)
-    scheduler.set_timesteps(steps)
-    first = 0 if picture is None else first_step(scheduler, renoise)
-    scheduler.set_begin_index(first)
-    timesteps = scheduler.timesteps[first:]
+    scheduler.set_timesteps(settings.steps)
+    timesteps = scheduler.timesteps
     if picture is not None:
+        first = first_step(timesteps, settings.renoise)
+        scheduler.set_begin_index(first)
+        timesteps = timesteps[first:]
         alpha_bar = scheduler.alphas_cumprod[timesteps[0]]
         latents = alpha_bar.sqrt() * picture + (1 - alpha_bar).sqrt() * latents.to(picture.device)
     latents = latents.to(model.device, model.dtype)
-    both = pad_features([row[keep.bool()] for part in (negative, text) for row, keep in zip(*part)])
-    text, both = ((f.to(model.device, model.dtype), mask.to(model.device)) for f, mask in (text, both))
-
-    def predict(guided, z_t, t):
-        size = [side * pixels_per_latent for side in z_t.shape[-2:]]
-        z_t, captions = (torch.cat([z_t, z_t]), both) if guided else (z_t, text)  # one batch, two branches
-        noise = predict_noise(model, z_t, t, *captions, **size_conditions(model, *size, len(z_t)))
-        if not guided:
-            return noise
-        unconditional, conditional = noise.chunk(2)
-        return unconditional + guidance * (conditional - unconditional)
-
+    text = text.to(model.device, model.dtype)
+    mask = mask.to(model.device)
     for t in tqdm(timesteps, desc="denoising", disable=not progress):
-        predict_t = functools.partial(predict, guidance > 1 and t >= guidance_interval)
-        noise = predict_t(latents, t)
-        if upscale > 1:
-            noise = upsample_guidance(predict_t, latents, t, noise, scheduler.alphas_cumprod, upscale)
+        # 2. The predicted noise.
+        guidance = settings.guidance if t >= settings.guidance_interval else 1.0
+        predict = functools.partial(guided_noise, model, text, mask, guidance, pixels_per_latent)
+        noise = predict(latents, t)
+        if settings.upscale > 1:
+            noise = upsample_guidance(predict, latents, t, noise, scheduler.alphas_cumprod, settings.upscale)
+        # 3. The step.
         latents = scheduler.step(noise, t, latents, return_dict=False)[0]
     return latents
 
 
-def first_step(scheduler, renoise):
-    """The index of a scheduler's first timestep that is at most `renoise`; its last, if none is."""
-    return min(int((scheduler.timesteps > renoise).sum()), len(scheduler.timesteps) - 1)
-
-
-def sizes_on_the_way(size, known, multiple):
-    """The sizes (width, height) in pixels at which progressive sampling makes a picture of `size`: up to 1.5
-    times the `known` side that alone; beyond, first the known area in the same shape, both sides multiples
-    of `multiple`, then doubled, the last time by what remains."""
-    factor = (size[0] * size[1]) ** 0.5 / known
-    if factor <= 1.5:
-        return [size]
-    first = [max(1, round(side / factor / multiple)) * multiple for side in size]
-    doublings = math.ceil(math.log2(factor) - 0.1)
-    return [(first[0] * 2**k, first[1] * 2**k) for k in range(doublings)] + [size]
-
-
-@torch.no_grad()
-def generate(model, vae, text_encoder, prompts, size, seeds, steps=20, guidance=None, guidance_interval=None,
-             negative="", upscale=1, direct=False, renoise=None, progress=False):  # fmt: skip
-    """Prompts and seeds (one each per image) -> PIL images of size (width, height), pixels, both multiples of
-    vae.factor * patch_size. guidance, guidance_interval and renoise are the model config's if None.
-
-    Far above the model's start_size progressively, in pixel space (not in the paper; relatives: SDEdit,
-    DiffuseHigh): the picture is made at that size, decoded, enlarged, encoded, noised up to the timestep
-    `renoise` and denoised from there. If `direct`, or with `upscale`, as the paper: from noise at full size.
-    """
-    config, picture, pixels = model.config, None, None
-    settings = dict(guidance=guidance, guidance_interval=guidance_interval, renoise=renoise)
-    settings = {name: config[name] if value is None else value for name, value in settings.items()}
-    settings |= dict(steps=steps, pixels_per_latent=vae.factor, upscale=upscale, progress=progress)
-    text, unconditional = text_encoder(prompts), text_encoder([negative] * len(prompts))
-    known, multiple = (config.start_size or config.sample_size) * vae.factor, config.patch_size * vae.factor
-    way = [size] if direct or upscale > 1 else sizes_on_the_way(size, known, multiple)
-    for level, (width, height) in enumerate(way):
-        shape = vae.channels, height // vae.factor, width // vae.factor
-        noise = [files.noise_for(seed, *shape, level) for _, seed in zip(prompts, seeds, strict=True)]
-        if level:
-            pixels = F.interpolate(pixels, size=(height, width), mode="bicubic").clamp(-1, 1)
-            picture, _ = vae.moments(pixels, tile=1024)
-        latents = denoise(model, text, unconditional, torch.cat(noise), picture=picture, **settings)
-        pixels = vae.decode(latents)
-    return to_images(pixels)
-
-
-def images_at_once(size):
-    """How many images of size (width, height) make a batch: 4,096 of PixArt's tokens, of 16 x 16 px each."""
-    return max(1, 4096 * 16**2 // (size[0] * size[1]))
-
-
-def generate_all(model, vae, text_encoder, prompts, size, seed, **settings):
-    """One PIL image of size (width, height) for each prompt, number k from the noise of seed + k."""
-    images, batch = [], images_at_once(size)
-    for k in range(0, len(prompts), batch):
-        some = prompts[k : k + batch]
-        seeds = range(seed + k, seed + k + len(some))
-        images += generate(model, vae, text_encoder, some, size, seeds, **settings)
-    return images
-
-
-def to_images(pixels):
-    """(B, 3, h, w) in [-1, 1] -> list of PIL images."""
-    arrays = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(array) for array in arrays]
-
-
 def make_scheduler(beta_schedule):
     """diffusers' DPM-Solver++ (2M) on the 1000-step noise schedule that the model was trained with."""
-    return DPMSolverMultistepScheduler(1000, beta_start=1e-4, beta_end=2e-2, beta_schedule=beta_schedule)
+    return DPMSolverMultistepScheduler(**t2md.SCHEDULE, beta_schedule=beta_schedule)
 
 
-def size_conditions(model, height, width, batch):
-    """PixArt-1024's conditions for pixels height x width, or none."""
-    if not model.conditioned_on_size:
-        return {}
-    sizes = torch.tensor([[height, width, height / width]] * batch, device=model.device, dtype=model.dtype)
-    return dict(resolution=sizes[:, :2], aspect_ratio=sizes[:, 2:])
+def first_step(timesteps, renoise):
+    """The index of the first timestep that is at most `renoise`; of the last, if none is."""
+    above = int((timesteps > renoise).sum())
+    return min(above, len(timesteps) - 1)
+
+
+def guided_noise(model, text, mask, guidance, pixels_per_latent, z_t, t):
+    """The noise in z_t (b, c, height, width) with classifier-free guidance; text and mask have 2b rows.
+
+    If guidance is at most 1 the unconditional branch is not computed.
+    """
+    batch = len(z_t)
+    height = z_t.shape[2] * pixels_per_latent
+    width = z_t.shape[3] * pixels_per_latent
+    if guidance <= 1:
+        conditions = t2md.size_conditions(model, height, width, batch)
+        return t2md.predict_noise(model, z_t, t, text[batch:], mask[batch:], **conditions)
+    conditions = t2md.size_conditions(model, height, width, 2 * batch)
+    noise = t2md.predict_noise(model, torch.cat([z_t, z_t]), t, text, mask, **conditions)
+    unconditional, conditional = noise.chunk(2)
+    return unconditional + guidance * (conditional - unconditional)
 
 
 def upsample_guidance(predict, z_t, t, noise, alphas_cumprod, m):
-    """Training-free sampling at m times the size a model knows (upsample guidance, as in DiM): in the first
-    30% of it the means of m x m pixels of noise = predict(z_t, t), (B, C, h, w), are replaced by what is
-    predicted for the pooled z_t, at the model's own size."""
+    """Training-free sampling at m times the size that a model knows (upsample guidance, as in DiM).
+
+    In the first 30% of sampling the means of m x m pixels of noise = predict(z_t, t), (b, c, height, width),
+    are replaced by what is predicted for the pooled z_t, at the model's own size.
+    """
     if t < 0.7 * len(alphas_cumprod):
         return noise
     # Pooling averages the noise of m x m pixels: the result is as noisy as an image of m^2 times the SNR.
@@ -173,146 +146,271 @@ def upsample_guidance(predict, z_t, t, noise, alphas_cumprod, m):
     return noise + F.interpolate(small / m - F.avg_pool2d(noise, m), scale_factor=m, mode="nearest")
 
 
-# -- 2. loading and exporting ------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
+# 2. Whole pictures
+# ---------------------------------------------------------------------------------------------------
+
+
 def load(folder, device="cpu", dtype=torch.float32, **overrides):
     """A checkpoint folder -> `generate` with all its parts filled in: call it with prompts, size, seeds."""
-    model = load_denoiser(folder, device, dtype, **overrides)
-    return functools.partial(generate, model, *load_parts(model, folder, device, dtype))
+    model = t2md.load_denoiser(folder, device, dtype, **overrides)
+    vae, text_encoder = t2md.load_parts(model, folder, device, dtype)
+    return functools.partial(generate, model, vae, text_encoder)
 
 
-def load_denoiser(path_or_repo, device="cpu", dtype=torch.float32, **overrides):
-    """A T2MD checkpoint, or PixArt transformer, with `overrides` of its config -> frozen, folded T2MD."""
-    return freeze(load_backbone(path_or_repo, **overrides), device, dtype)
+@torch.no_grad()
+def generate(model, vae, text_encoder, prompts, size, seeds, progress=False, **given):
+    """Prompts and seeds (one each per image) -> PIL images of size (width, height) pixels.
+
+    Both sides are multiples of vae.factor * patch_size.  given: entries of SamplerSettings.
+
+    Far above the model's start_size progressively, in pixel space (not in the paper; relatives: SDEdit,
+    DiffuseHigh): make the picture at that size, then repeat: decode, enlarge, encode, add noise up to the
+    timestep `renoise`, denoise. With `direct` or `upscale`, as in the paper: from noise at the full size.
+    """
+    settings = sampler_settings(model, **given)
+    text, mask = text_encoder([settings.negative] * len(prompts) + list(prompts))
+    if settings.direct or settings.upscale > 1:
+        sizes = [size]
+    else:
+        known = (model.config.start_size or model.config.sample_size) * vae.factor
+        sizes = sizes_on_the_way(size, known, model.config.patch_size * vae.factor)
+    picture = None
+    pixels = None
+    for level, (width, height) in enumerate(sizes):
+        noise = []
+        for _, seed in zip(prompts, seeds, strict=True):
+            noise.append(
+                files.noise_for(seed, vae.channels, height // vae.factor, width // vae.factor, level)
+            )
+        if level > 0:
+            pixels = F.interpolate(pixels, size=(height, width), mode="bicubic").clamp(-1, 1)
+            picture, _ = vae.moments(pixels, tile=1024)
+        latents = denoise(model, text, mask, torch.cat(noise), settings, vae.factor, picture, progress)
+        pixels = vae.decode(latents)
+    return to_images(pixels)
 
 
-def freeze(model, device, dtype):
-    """A T2MD, made ready for sampling in `dtype`."""
-    for block in model.blocks:
-        if isinstance(block.mixer, MambaMixer):
-            block.mixer.fold()
-    for name, p in model.named_parameters():
-        if not name.endswith(ALWAYS_FLOAT32):
-            p.data = p.data.to(dtype)
-    # nn.Module's `to`: diffusers' own warns of float32 modules that this model does not have
-    return torch.nn.Module.to(model, device).eval().requires_grad_(False)
+def sizes_on_the_way(size, known, multiple):
+    """The sizes (width, height) in pixels at which progressive sampling makes a picture of `size`.
+
+    Up to 1.5 times the `known` side: that size alone. Beyond: first the known area in the same shape, both
+    sides multiples of `multiple`; then doubled again and again, the last time by what remains.
+    """
+    width, height = size
+    factor = (width * height) ** 0.5 / known
+    if factor <= 1.5:
+        return [size]
+    first_width = max(1, round(width / factor / multiple)) * multiple
+    first_height = max(1, round(height / factor / multiple)) * multiple
+    doublings = math.ceil(math.log2(factor) - 0.1)
+    sizes = [(first_width * 2**k, first_height * 2**k) for k in range(doublings)]
+    return sizes + [size]
 
 
-def component_path(checkpoint, reference):
-    """Where a checkpoint's VAE or text encoder is: a folder relative to it, or a repository. A plain PixArt
-    pipeline names none: its parts are in the pipeline itself."""
-    beside = os.path.normpath(os.path.join(checkpoint, reference or ""))
-    if reference and reference.startswith(".") and not os.path.isdir(beside):
-        named = f"{checkpoint} names its VAE and text encoder relative to itself, and there is no {beside}"
-        raise FileNotFoundError(f"{named}: copy it along, give --vae and --text-encoder, or use --export")
-    return checkpoint if reference is None else beside if os.path.isdir(beside) else reference
+def images_at_once(size):
+    """How many images of size (width, height) make a batch: 4,096 of PixArt's tokens, of 16 x 16 px each."""
+    width, height = size
+    return max(1, 4096 * 16**2 // (width * height))
 
 
-def load_parts(model, folder, device="cpu", dtype=torch.float32):
-    """The frozen (VAE, TextEncoder) that the config of the checkpoint in `folder` names; the latter in
-    `dtype` (SDXL's VAE overflows in less than float32)."""
-    vae = VAE(component_path(folder, model.config.vae), device)
-    return vae, TextEncoder(component_path(folder, model.config.text_encoder), device=device, dtype=dtype)
+def generate_all(model, vae, text_encoder, prompts, size, seed, **given):
+    """One PIL image of size (width, height) for each prompt, number k from the noise of seed + k."""
+    images = []
+    batch = images_at_once(size)
+    for k in range(0, len(prompts), batch):
+        some = prompts[k : k + batch]
+        seeds = range(seed + k, seed + k + len(some))
+        images += generate(model, vae, text_encoder, some, size, seeds, **given)
+    return images
 
 
-def encode_first(text_encoder, captions):
-    """Run the text encoder on all captions it will be asked for -> what stands in for it then."""
-    known = {caption: text_encoder([caption])[0][0].cpu() for caption in dict.fromkeys(captions)}
-    if text_encoder.cut:
-        which = f"{text_encoder.cut} of {len(known)} prompts are cut to the {text_encoder.max_length} tokens"
-        print(f"{which} that the text encoder takes", file=sys.stderr)
-    return lambda captions: pad_features([known[caption] for caption in captions])
+def to_images(pixels):
+    """(b, 3, h, w) in [-1, 1] -> list of PIL images."""
+    arrays = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(array) for array in arrays]
+
+
+def encode_captions(text_encoder, captions):
+    """{caption: its features (s, width), on the CPU}; one by one, so none is padded to another's length."""
+    features = {}
+    for caption in captions:
+        if caption not in features:
+            encoded, _ = text_encoder([caption])
+            features[caption] = encoded[0].cpu()
+    return features
+
+
+class EncodedCaptions:
+    """Stands in for a text encoder, by far the largest part, when all captions are encoded and it is gone."""
+
+    def __init__(self, features):
+        self.features = features  # of `encode_captions`
+
+    def __call__(self, captions):
+        """List of b captions -> features (b, s, width) and mask (b, s)."""
+        return t2md.pad_features([self.features[caption] for caption in captions])
+
+
+# ---------------------------------------------------------------------------------------------------
+# 3. Export
+# ---------------------------------------------------------------------------------------------------
 
 
 def export(checkpoint, folder, **overrides):
-    """Write a checkpoint with its VAE, T5, tokenizer, scheduler and t2md.py as one diffusers pipeline, which
-    `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` loads on any machine."""
+    """Write a checkpoint with its VAE, T5, tokenizer, scheduler and t2md.py as one diffusers pipeline.
+
+    `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` loads it on any machine.
+    """
     if os.path.isdir(folder) and os.listdir(folder):
         raise ValueError(f"--export {folder} is not empty; name a new folder")
-    model = load_backbone(checkpoint, **overrides)
-    vae, text_encoder = load_parts(model, checkpoint)
+    model = t2md.load_backbone(checkpoint, **overrides)
+    vae, text_encoder = t2md.load_parts(model, checkpoint)
+    if vae.shift != 0:
+        reason = "diffusers' PixArtAlphaPipeline does not know a VAE's shift_factor"
+        raise ValueError(f"{checkpoint} cannot be exported with {vae.source}: {reason}")
     model.register_to_config(vae=None, text_encoder=None)  # both are in the pipeline now
     side = model.config.sample_size
-    if model.conditioned_on_size:  # the pipeline tells the size to models of sample_size 128 alone
-        same_coordinates = dict(sample_size=128, interpolation_scale=model.interpolation_scale * 128 / side)
-        model.register_to_config(**same_coordinates, use_additional_conditions=True)
-    parts = dict(tokenizer=text_encoder.tokenizer, text_encoder=text_encoder.model, vae=vae.model)
-    parts |= dict(transformer=model, scheduler=make_scheduler(model.config.beta_schedule))
-    PixArtAlphaPipeline(**parts).save_pretrained(folder)
-    shutil.copy(t2md.__file__, os.path.join(folder, "transformer"))
-    size = f"height={side * vae.factor}, width={side * vae.factor}, use_resolution_binning=False"
+    if model.conditioned_on_size:
+        # The pipeline tells the size to models of sample_size 128 alone; the coordinates stay the same.
+        scale = model.interpolation_scale * 128 / side
+        model.register_to_config(sample_size=128, interpolation_scale=scale, use_additional_conditions=True)
+    pipeline = PixArtAlphaPipeline(
+        tokenizer=text_encoder.tokenizer,
+        text_encoder=text_encoder.model,
+        vae=vae.model,
+        transformer=model,
+        scheduler=make_scheduler(model.config.beta_schedule),
+    )
+    pipeline.save_pretrained(folder)
+    pixels = side * vae.factor
+    size = f"height={pixels}, width={pixels}, use_resolution_binning=False"
     load_it = f'DiffusionPipeline.from_pretrained("{folder}", trust_remote_code=True)'
     print(f'{load_it}("a photo of a star", {size}, guidance_scale={model.config.guidance}).images[0]')
 
 
-# -- 3. the command line -----------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
+# 4. Prompts and files
+# ---------------------------------------------------------------------------------------------------
+
+
 def parse_size(text, multiple):
     """ "2048" or "3840x2160" (width x height, pixels) -> (width, height), rounded to a multiple, and said."""
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
-    size = match and (int(match[1]), int(match[2] or match[1]))
-    if not size or min(size) <= 0:
+    if match is None or int(match[1]) == 0 or match[2] and int(match[2]) == 0:
         raise ValueError(f"--size {text} is no size: give pixels, as 2048 or 3840x2160 (width x height)")
-    width, height = (max(multiple, round(side / multiple) * multiple) for side in size)
-    if (width, height) != size:
+    asked_width = int(match[1])
+    asked_height = int(match[2] or match[1])
+    width = max(multiple, round(asked_width / multiple) * multiple)
+    height = max(multiple, round(asked_height / multiple) * multiple)
+    if (width, height) != (asked_width, asked_height):
         print(f"--size {text} is rounded to {width}x{height}, multiples of {multiple}", file=sys.stderr)
     return width, height
 
 
 def read_prompts(path):
-    """A .txt with a prompt a line, or a .jsonl with a "prompt" in each, as GenEval's -> records.
-    In UTF-8, or UTF-16 that begins with its mark; empty lines are passed over, anything else is refused."""
-    kind, records = os.path.splitext(path)[1].lower(), []
+    """A .txt with one prompt per line, or a .jsonl with a "prompt" in each, as GenEval's -> records.
+
+    The text is UTF-8, or UTF-16 that begins with its mark. Empty lines are passed over; a line that is no
+    prompt raises ValueError.
+    """
+    kind = os.path.splitext(path)[1].lower()
     if kind not in (".txt", ".jsonl"):
         raise ValueError(f"{path} must be a .txt or a .jsonl, and be called so")
     with open(path, "rb") as file:
-        encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        begins_as_utf16 = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
+    encoding = "utf-16" if begins_as_utf16 else "utf-8-sig"
+    records = []
     with open(path, encoding=encoding, errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
-            try:  # `encode` raises for what was no text, and for half of an emoji
-                record = json.loads(line) if kind == ".jsonl" and line.strip() else {"prompt": line.strip()}
-                prompt = record["prompt"].encode().strip()
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                prompt = b"\0"
-            if b"\0" in prompt or not prompt and line.strip() or prompt.startswith((b'{"', rb"{\rtf")):
+            if not line.strip():
+                continue
+            record = read_record(line, kind)
+            if record is None or not is_prompt(record["prompt"]):
                 what = 'a .txt has text in UTF-8, a .jsonl a JSON object with a "prompt" in each line'
                 raise ValueError(f"{path}, line {number}, has no prompt: {what}")
-            records += [record] if prompt else []
+            records.append(record)
     if not records:
         raise ValueError(f"{path} holds no prompts")
     return records
 
 
-def missing_images(records, args, made_with):
-    """(prompt, seed, path) of each image of a list of prompts that is not in --out yet, this process's share
-    of them; GenEval's folders are made. Raises ValueError if what is there was made with anything else."""
-    if os.path.isdir(f"{args.out}/00000") and not os.path.isfile(f"{args.out}/made_with.json"):
-        raise ValueError(f"{args.out} holds pictures, and no made_with.json that says of what; name another")
-    files.claim(args.out, made_with)
+def read_record(line, kind):
+    """A line of a .txt or .jsonl -> {"prompt": ...} and what else the line has; None if it has no prompt."""
+    if kind == ".txt":
+        return dict(prompt=line.strip())
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        return None
+    return record
+
+
+def is_prompt(text):
+    """Return True if `text` can be drawn: not empty, no broken encoding, no other format's first line."""
+    try:
+        text.encode()  # raises for bytes that were no UTF-8, and for half of an emoji
+    except UnicodeEncodeError:
+        return False
+    return bool(text.strip()) and "\0" not in text and not text.startswith(('{"', "{\\rtf"))
+
+
+def missing_images(records, folder, n, first_seed):
+    """(record, seed, path) of each image of a list of prompts that is not in `folder` yet, GenEval's layout.
+
+    Of several processes each gets its own share.
+    """
     missing = []
-    for i, record in list(enumerate(records))[files.RANK :: files.WORLD]:
-        folder = f"{args.out}/{i:05d}"
-        os.makedirs(f"{folder}/samples", exist_ok=True)
-        files.write_text(f"{folder}/metadata.jsonl", json.dumps(record))
-        paths = (f"{folder}/samples/{k:05d}.png" for k in range(args.n))
-        seeds = itertools.count(args.seed + i * args.n)
-        missing += [(record["prompt"], s, path) for s, path in zip(seeds, paths) if not os.path.exists(path)]
+    for i in range(files.RANK, len(records), files.WORLD):
+        for k in range(n):
+            path = os.path.join(folder, f"{i:05d}", "samples", f"{k:05d}.png")
+            if not os.path.exists(path):
+                missing.append((records[i], first_seed + i * n + k, path))
     return missing
+
+
+def check_folder(folder, made_with):
+    """Raise ValueError if the pictures that are in `folder` were made with anything else."""
+    has_pictures = any(name.endswith(".png") for _, _, names in os.walk(folder) for name in names)
+    if has_pictures and not os.path.isfile(os.path.join(folder, "made_with.json")):
+        raise ValueError(f"{folder} holds pictures, and no made_with.json that says of what; name another")
+    files.check_made_with(folder, made_with)
+
+
+def write_listed_image(path, image, record, folder, made_with, **text_fields):
+    """Write an image of a list of prompts, with its record beside it; the first one claims the folder."""
+    claimed = os.path.join(folder, "made_with.json")
+    if not os.path.exists(claimed):
+        files.write_json(claimed, made_with)
+    metadata = os.path.join(os.path.dirname(os.path.dirname(path)), "metadata.jsonl")
+    files.write_text(metadata, json.dumps(record))
+    files.write_png(path, image, **text_fields)
 
 
 def free_path(folder, prompt, seed):
     """folder/the-prompt-seed.png, or with -1, -2, ... where that name is taken; an empty file takes it."""
     stem = os.path.join(folder, f"{files.slug(prompt)[:60] or 'image'}-{seed}")
-    for path in (f"{stem}-{k}.png" if k else f"{stem}.png" for k in itertools.count()):
+    for k in itertools.count():
+        path = f"{stem}-{k}.png" if k else f"{stem}.png"
         with contextlib.suppress(FileExistsError):
             open(path, "x").close()
             return path
 
 
+# ---------------------------------------------------------------------------------------------------
+# 5. The command line
+# ---------------------------------------------------------------------------------------------------
+
+
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    what, add = parser.add_mutually_exclusive_group(required=True).add_argument, parser.add_argument
+    what = parser.add_mutually_exclusive_group(required=True).add_argument
     what("prompt", nargs="?", help="what to draw")
-    what("--prompts", help="a .txt with a prompt a line, or GenEval's metadata .jsonl, its layout is written")
+    what("--prompts", help="a .txt, one prompt per line, or GenEval's metadata .jsonl; writes its layout")
     what("--export", metavar="DIR", help="draw nothing, write the checkpoint as a diffusers pipeline")
+    add = parser.add_argument
     add("--model", default=SHIPPED, help="a T2MD checkpoint, or a diffusers PixArt folder or repository")
     add("--vae", help="a folder or repository, instead of what the checkpoint names")
     add("--text-encoder", help="the same for T5 and its tokenizer")
@@ -340,7 +438,8 @@ def parse_arguments(argv=None):
 
 
 def run(args):
-    # 1. What would fail late is tried first.
+    """Draw or export what the command line asks for."""
+    # 1. What would fail late is tried first: processes, device, folder, list of prompts.
     if files.WORLD > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -349,42 +448,76 @@ def run(args):
     os.makedirs(args.export or args.out, exist_ok=True)
     tempfile.TemporaryFile(dir=args.export or args.out).close()
     records = read_prompts(args.prompts) if args.prompts else []
-    # 2. Load; settings that were not given are the checkpoint's.
-    parts = {name: getattr(args, name) for name in ("vae", "text_encoder") if getattr(args, name)}
-    parts = {name: os.path.abspath(path) if os.path.isdir(path) else path for name, path in parts.items()}
+    # 2. The checkpoint, its parts, and the settings, which are the checkpoint's where no flag gives them.
+    overrides = part_overrides(args)
     if args.export:
-        return export(args.model, args.export, **parts)
+        export(args.model, args.export, **overrides)
+        return
     dtype = getattr(torch, args.dtype)
-    model = load_denoiser(args.model, dtype=dtype, **parts)
-    vae, text_encoder = load_parts(model, args.model, args.device, dtype)
-    settings = "steps guidance guidance_interval negative upscale direct renoise".split()  # of `generate`
-    settings = {name: getattr(args, name) for name in settings}
-    settings = {name: model.config[name] if value is None else value for name, value in settings.items()}
+    model = t2md.load_denoiser(args.model, dtype=dtype, **overrides)
+    vae, text_encoder = t2md.load_parts(model, args.model, args.device, dtype)
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(SamplerSettings)}
+    settings = dataclasses.asdict(sampler_settings(model, **given))
     side = vae.factor * args.upscale
     size = parse_size(args.size or str(side * model.config.sample_size), side * model.config.patch_size)
-    # 3. What is to be drawn, by seed.
-    wanted = [(args.prompt, args.seed + k, None) for k in range(args.n)][files.RANK :: files.WORLD]
+    # 3. What is to be drawn: (record, seed, path).
+    made_with = {}
     if args.prompts:
-        sources = dict(model=args.model, vae=vae.source, text_encoder=text_encoder.source)
-        made_with = {name: files.fingerprint(source) for name, source in sources.items()} | settings
-        made_with["prompts"] = hashlib.sha256(json.dumps(records).encode()).hexdigest()[:16]
-        made_with |= dict(size=size, n=args.n, seed=args.seed, dtype=args.dtype)
-        wanted = missing_images(records, args, made_with)
+        made_with = describe(args, settings, size, records, vae, text_encoder)
+        check_folder(args.out, made_with)
+        wanted = missing_images(records, args.out, args.n, args.seed)
+    else:
+        seeds = range(args.seed + files.RANK, args.seed + args.n, files.WORLD)
+        wanted = [(dict(prompt=args.prompt), seed, None) for seed in seeds]
     # 4. The text encoder, by far the largest part, is done and gone before the denoiser enters the card.
-    text_encoder = encode_first(text_encoder, [args.negative, *(prompt for prompt, _, _ in wanted)])
+    prompts = [record["prompt"] for record, _, _ in wanted]
+    features = encode_captions(text_encoder, [args.negative, *prompts])
+    captions = EncodedCaptions(features)
+    if text_encoder.cut > 0:
+        cut = f"{text_encoder.cut} of {len(features)} prompts are cut"
+        print(f"{cut} to the {text_encoder.max_length} tokens that the text encoder takes", file=sys.stderr)
+    text_encoder.unload()
     torch.nn.Module.to(model, args.device)
     print(t2md.kernels_in_use(args.device, dtype), file=sys.stderr)
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # graphs: mixers x sizes x batches
         model.compile_repeated_blocks()
-    for k in range(0, len(wanted), images_at_once(size)):
-        prompts, seeds, paths = zip(*wanted[k : k + images_at_once(size)])
-        images = generate(model, vae, text_encoder, prompts, size, seeds, progress=not files.RANK, **settings)
-        for image, prompt, seed, path in zip(images, prompts, seeds, paths):
-            path = path or free_path(args.out, prompt, seed)
-            made_with = json.dumps(dict(settings, size=size, model=args.model))
-            files.write_png(path, image, prompt=prompt, seed=seed, settings=made_with)
+    # 5. Draw.
+    batch = images_at_once(size)
+    for k in range(0, len(wanted), batch):
+        some = wanted[k : k + batch]
+        seeds = [seed for _, seed, _ in some]
+        progress = files.RANK == 0
+        images = generate(model, vae, captions, prompts[k : k + batch], size, seeds, progress, **settings)
+        for image, (record, seed, path) in zip(images, some):
+            about = json.dumps(dict(settings, size=size, model=args.model))
+            text_fields = dict(prompt=record["prompt"], seed=seed, settings=about)
+            if args.prompts:
+                write_listed_image(path, image, record, args.out, made_with, **text_fields)
+            else:
+                path = free_path(args.out, args.prompt, seed)
+                files.write_png(path, image, **text_fields)
             print(path)
+
+
+def part_overrides(args):
+    """--vae and --text-encoder as entries of the model's config, folders by their absolute path."""
+    overrides = {}
+    for name in ("vae", "text_encoder"):
+        path = getattr(args, name)
+        if path:
+            overrides[name] = os.path.abspath(path) if os.path.isdir(path) else path
+    return overrides
+
+
+def describe(args, settings, size, records, vae, text_encoder):
+    """All that the pictures of a list of prompts depend on, for made_with.json."""
+    made_with = dict(settings, size=size, n=args.n, seed=args.seed, dtype=args.dtype)
+    made_with["model"] = files.fingerprint(args.model)
+    made_with["vae"] = files.fingerprint(vae.source)
+    made_with["text_encoder"] = files.fingerprint(text_encoder.source)
+    made_with["prompts"] = hashlib.sha256(json.dumps(records).encode()).hexdigest()[:16]
+    return made_with
 
 
 def main():

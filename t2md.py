@@ -1,211 +1,120 @@
-"""T2MD: Diffusion Transformer-to-Mamba Distillation (Yao et al.), model and losses in one file.
+"""T2MD: Diffusion Transformer-to-Mamba Distillation (Yao et al., arXiv:2506.18999): model and losses.
 
 The method in six lines. A diffusion transformer (the teacher, PixArt-alpha) predicts the noise in a latent
 image. The student is the same backbone in which most self-attention layers are replaced by bidirectional
 Mamba-2 layers, whose cost is linear in the number of image tokens. First each Mamba layer alone learns to
-imitate the attention layer it replaces, fed with the teacher's activations (forcing); then all token mixers
-learn together from the teacher's noise and features (kd); then the whole student is adapted to a new
-positional embedding, VAE and text encoder and fine-tuned at ever higher resolution (train.py).
+imitate the attention layer that it replaces, fed with the teacher's activations (forcing). Then all token
+mixers learn together from the teacher's noise and features (kd). Then the whole student is adapted to a new
+positional embedding, VAE and text encoder, and fine-tuned at ever higher resolution (train.py).
+
+Why layer by layer. The teacher's attention sees every token at once. A Mamba layer reads the tokens in one
+direction and keeps what it has read in a state of fixed size, so it starts far from what it has to imitate.
+An error in one block is the next block's input, and it grows with depth: if all layers were replaced and
+trained together, the deep ones would learn to answer inputs that are wrong. So each layer first learns on the
+teacher's inputs, where no error of another layer reaches it. Only then do the layers learn to work together.
 
 Every network here predicts the noise epsilon. Every squared norm is a MEAN over elements.
 
 Glossary                 code                    paper / Mamba-2
-  noisy latent           hidden_states, z_t      z_t                (B, C, H*p, W*p), p = patch_size
-  tokens                 h                       h                  (B, L, d), L = H*W, row by row
-  caption features       encoder_hidden_states   tau                (B, T, caption_width)
+  noisy latent           hidden_states, z_t      z_t                (b, c, height, width)
+  tokens                 h                       h                  (b, l, d), row by row
+  caption features       encoder_hidden_states   tau                (b, s, caption_width)
   teacher, student       teacher, student        theta', theta
   mixer n                blocks[n].mixer         SA^(n) or MA^(n)
   state size             d_state                 N
-  head width, heads      head_dim, n_heads       P, H
+  head width             head_dim                P
   decay, step            A, dt                   A, Delta
 
-Sections: 1 frozen components (VAE, TextEncoder) - 2 positional embeddings - 3 the state space recurrence
-(ssd_recurrence, ssd) - 4 token mixers - 5 the backbone (T2MD) - 6 losses, equations 6 to 11 - 7 weights from
-a teacher - 8 DiM's additions. The first six are the method.
+Shapes: b batch, l tokens (rows * columns), d width, s caption tokens, c latent channels; in Mamba-2: p head
+width, n state size. A grid is (rows, columns) of tokens.
+
+Sections: 1 positional embeddings - 2 the state space recurrence (ssd_recurrence, ssd) - 3 token mixers -
+4 the backbone (T2MD) - 5 losses, equations 6 to 11 - 6 from a teacher to a student - 7 the frozen VAE and
+T5 - 8 loading - 9 optional kernels - 10 DiM's additions. The first six are the method.
 """
 
+import functools
+import glob
 import importlib.util
 import math
 import os
+import re
+import shutil
 import sys
+import threading
 import types
-from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, PixArtTransformer2DModel
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtTransformer2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers import AutoTokenizer, T5EncoderModel
+from transformers import AutoConfig, AutoTokenizer, T5EncoderModel
+
+# Equation 1's noise schedule, but for its shape: "linear" betas (teacher) or "scaled_linear" (diffusers' name
+# of the quadratic schedule, after adaptation). The end points of the quadratic one are our choice.
+SCHEDULE = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=2e-2)
 
 # ---------------------------------------------------------------------------------------------------
-# 1. Frozen components
-# ---------------------------------------------------------------------------------------------------
-
-
-def load_part(cls, path_or_repo, subfolder, **kwargs):
-    """`cls.from_pretrained` on a pipeline's `subfolder`, or where there is none on what is named itself."""
-    inside = os.path.join(path_or_repo, subfolder)
-    if os.path.isdir(path_or_repo):
-        return cls.from_pretrained(inside if os.path.isdir(inside) else path_or_repo, **kwargs)
-    if os.path.isabs(path_or_repo) or path_or_repo.startswith(".") or path_or_repo.count("/") != 1:
-        raise FileNotFoundError(f"there is no folder {path_or_repo} to load a {subfolder} from")
-    try:
-        return cls.from_pretrained(path_or_repo, subfolder=subfolder, **kwargs)
-    except OSError as error:
-        try:
-            return cls.from_pretrained(path_or_repo, **kwargs)
-        except OSError:
-            reason = error.__cause__ or error.__context__ or error  # no network, which the error itself hides
-            raise OSError(f"no {subfolder} could be loaded from {path_or_repo}: {reason}") from error
-
-
-def load_model(cls, path_or_repo, subfolder, **kwargs):
-    """`load_part` of a model; unlike its library it raises ValueError for a weight that the files lack."""
-    model, info = load_part(cls, path_or_repo, subfolder, output_loading_info=True, **kwargs)
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ValueError(f"{path_or_repo} lacks {len(missing)} weights of {cls.__name__}: {missing[0]}")
-    return model
-
-
-class VAE:
-    """A frozen AutoencoderKL (SD1.5's, SDXL's or a small one), in the latent units the denoiser works in.
-
-    Agrees with diffusers' pipelines: latents are multiplied by the VAE's own `scaling_factor` (and shifted
-    by its `shift_factor` where it has one); neither is a literal here. Never runs in autocast.
-    path_or_repo: a folder or repository with the VAE, or a whole pipeline that has one under `vae/`.
-    Attributes: factor: image pixels per latent pixel, along one side.  channels: latent channels.  source.
-    """
-
-    def __init__(self, path_or_repo, device="cpu", dtype=torch.float32):
-        self.source = path_or_repo
-        self.model = load_model(AutoencoderKL, path_or_repo, "vae", torch_dtype=dtype)
-        self.model = self.model.to(device).eval().requires_grad_(False)
-        config = self.model.config
-        self.factor = 2 ** (len(config.block_out_channels) - 1)
-        self.channels = config.latent_channels
-        self.scale, self.shift = config.scaling_factor, config.shift_factor or 0.0
-
-    def in_tiles(self, tile, side):
-        """Encode or decode next in tiles of `tile` pixels if the longer `side` exceeds it (None: never)."""
-        self.model.use_tiling = tile is not None and side > tile
-        if self.model.use_tiling:
-            self.model.tile_sample_min_size, self.model.tile_latent_min_size = tile, tile // self.factor
-        return torch.autocast(self.model.device.type, enabled=False)
-
-    @torch.no_grad()
-    def moments(self, images, tile=None):
-        """Images in [-1, 1], (B, 3, h, w) -> mean and standard deviation of q(z|x), each (B, C, h/f, w/f)."""
-        with self.in_tiles(tile, max(images.shape[-2:])):
-            q = self.model.encode(images.to(self.model.device, self.model.dtype)).latent_dist
-        return (q.mean.float() - self.shift) * self.scale, q.std.float() * self.scale
-
-    @torch.no_grad()
-    def decode(self, latents, tile=1024):
-        """Latents (B, C, h/f, w/f) -> images in [-1, 1], (B, 3, h, w). A side longer than `tile` pixels is
-        decoded in overlapping, blended tiles (diffusers'); smaller ones leave seams in flat skies."""
-        latents = (latents / self.scale + self.shift).to(self.model.device, self.model.dtype)
-        with self.in_tiles(tile, max(latents.shape[-2:]) * self.factor):
-            return self.model.decode(latents).sample.float().clamp(-1, 1)
-
-
-class TextEncoder:
-    """A frozen T5 encoder with its tokenizer. Captions are lower-cased and stripped, as diffusers does.
-    path_or_repo: a folder or repository with both, or a pipeline with `text_encoder/` and `tokenizer/`.
-    max_length: tokens kept of a caption (PixArt-alpha: 120).  cut: how many captions were longer, so far.
-    """
-
-    def __init__(self, path_or_repo, max_length=120, device="cpu", dtype=torch.float32):
-        self.source, self.max_length, self.cut = path_or_repo, max_length, 0
-        self.tokenizer = load_part(AutoTokenizer, path_or_repo, "tokenizer")
-        self.model = load_model(T5EncoderModel, path_or_repo, "text_encoder", dtype=dtype)
-        self.model = self.model.to(device).eval().requires_grad_(False)
-        self.width = self.model.config.d_model
-
-    @torch.no_grad()
-    def __call__(self, captions):
-        """List of B captions -> features (B, T, width) and mask (B, T), 1 for a token, T <= max_length.
-
-        T is the longest caption's length: what pads it to 120 in diffusers' pipeline is masked there anyway.
-        """
-        tokenize = partial(self.tokenizer, [caption.lower().strip() for caption in captions])
-        self.cut += sum(len(ids) > self.max_length for ids in tokenize(verbose=False).input_ids)
-        tokens = tokenize(return_tensors="pt", padding="longest", truncation=True, max_length=self.max_length)
-        tokens = tokens.to(self.model.device)
-        with torch.autocast(self.model.device.type, enabled=False):
-            features = self.model(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-        return features, tokens.attention_mask
-
-
-def pad_features(features):
-    """List of (T_i, width) caption features -> features (B, T, width) and mask (B, T), as `TextEncoder`'s."""
-    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
-    return pad(features), pad([torch.ones(len(f), dtype=torch.long) for f in features])
-
-
-# ---------------------------------------------------------------------------------------------------
-# 2. Positional embeddings: 2-D sine-cosine, half the channels for x, half for y
+# 1. Positional embeddings: 2-D sine-cosine, half the channels for the column, half for the row
 # ---------------------------------------------------------------------------------------------------
 
 
 def sincos(positions, channels):
-    """Positions (n,) -> (n, channels): sines then cosines at frequencies 10000^(-2k/channels)."""
+    """Positions (n,) -> (n, channels): sines, then cosines, at frequencies 10000^(-2k/channels)."""
     frequencies = 10000 ** (-torch.arange(channels // 2, dtype=torch.float64) / (channels / 2))
     angles = torch.outer(positions.double(), frequencies)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def grid_embedding(y, x, width):
-    """Coordinates y (H,) and x (W,) -> embedding (H*W, width), row by row; x takes the first half."""
-    H, W = len(y), len(x)
-    ex = sincos(x, width // 2)[None].expand(H, W, -1)
-    ey = sincos(y, width // 2)[:, None].expand(H, W, -1)
-    return torch.cat([ex, ey], dim=-1).reshape(H * W, width)
+    """Coordinates y (rows,) and x (columns,) -> embedding (rows * columns, width); x takes the first half."""
+    rows = len(y)
+    columns = len(x)
+    embedded_x = sincos(x, width // 2)[None].expand(rows, columns, -1)
+    embedded_y = sincos(y, width // 2)[:, None].expand(rows, columns, -1)
+    return torch.cat([embedded_x, embedded_y], dim=-1).reshape(rows * columns, width)
 
 
-def pixart_coordinates(H, W, base, interpolation_scale):
+def pixart_coordinates(rows, columns, base, interpolation_scale):
     """The teacher's index grid: an axis of n tokens runs from 0 towards base / interpolation_scale.
 
     Must agree with diffusers' `PatchEmbed`. base is the token side of the trained resolution.
+    Returns y (rows,) and x (columns,).
     """
-    return [torch.arange(n, dtype=torch.float32) / (n / base) / interpolation_scale for n in (H, W)]
+    y = torch.arange(rows, dtype=torch.float32) / (rows / base) / interpolation_scale
+    x = torch.arange(columns, dtype=torch.float32) / (columns / base) / interpolation_scale
+    return y, x
 
 
-def centered_coordinates(H, W, base, interpolation_scale):
-    """The student's embedding after adaptation: token i of n sits at (i - (n-1)/2) / max(H, W), centred.
+def centered_coordinates(rows, columns, base, interpolation_scale):
+    """The student's embedding after adaptation (3.4.3): token i of n is (i - (n-1)/2) / max(rows, columns).
 
     The long edge spans the same interval at any size, so a larger image is a denser sampling of known
-    coordinates: this is what zero-shot 4K rests on. The factor base / interpolation_scale (our choice)
-    gives neighbours at the trained resolution the distance that they had for the teacher.
+    coordinates. Zero-shot 4K rests on this. The factor base / interpolation_scale (our choice) gives
+    neighbours at the trained resolution the distance that they had for the teacher.
+    Returns y (rows,) and x (columns,).
     """
-    step = base / interpolation_scale / max(H, W)
-    return [(torch.arange(n, dtype=torch.float64) - (n - 1) / 2) * step for n in (H, W)]
+    step = base / interpolation_scale / max(rows, columns)
+    y = (torch.arange(rows, dtype=torch.float64) - (rows - 1) / 2) * step
+    x = (torch.arange(columns, dtype=torch.float64) - (columns - 1) / 2) * step
+    return y, x
 
 
 COORDINATES = {"pixart": pixart_coordinates, "centered": centered_coordinates}
 
 
-@lru_cache(maxsize=16)
-def position_embedding(kind, H, W, width, base, interpolation_scale, device, dtype):
-    """(H*W, width); depends on the grid only, so it is computed once per size and never stored."""
-    y, x = COORDINATES[kind](H, W, base, interpolation_scale)
+@functools.lru_cache(maxsize=16)
+def position_embedding(kind, rows, columns, width, base, interpolation_scale, device, dtype):
+    """(rows * columns, width). It depends on the grid only: computed once per size and never stored."""
+    y, x = COORDINATES[kind](rows, columns, base, interpolation_scale)
     return grid_embedding(y, x, width).float().to(device, dtype)
 
 
-def sinusoid(values, channels=256):
-    """Times (B,) -> (B, channels): cosines then sines, as diffusers' `Timesteps(flip_sin_to_cos=True)`."""
-    k = torch.arange(channels // 2, device=values.device)
-    frequencies = torch.exp(-math.log(10000) * k / (channels // 2))
-    angles = values[:, None].float() * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
 # ---------------------------------------------------------------------------------------------------
-# 3. The state space recurrence
+# 2. The state space recurrence
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -215,22 +124,27 @@ def ssd_recurrence(x, dt, A, B, C, D=None):
         state_t = exp(dt_t A) state_{t-1} + dt_t B_t x_t^T        state: (n, p)
         y_t     = C_t^T state_t + D x_t
 
-    x (b, l, h, p), dt (b, l, h) positive, A (h,) negative, B and C (b, l, g, n) with h a multiple of g,
-    D (h,) -> y (b, l, h, p). Head k uses group k // (h / g).
+    x (b, l, heads, p), dt (b, l, heads) positive, A (heads,) negative, B and C (b, l, groups, n), D (heads,).
+    heads is a multiple of groups: head k uses group k // (heads / groups).  Returns y like x.
     """
-    b, l, h, p = x.shape
-    B, C = (m.repeat_interleave(h // m.shape[2], dim=2) for m in (B, C))  # (b, l, h, n)
-    state = x.new_zeros(b, h, B.shape[-1], p)
-    y = []
-    for t in range(l):
-        decay = (dt[:, t] * A).exp()[..., None, None]
-        state = decay * state + (dt[:, t, :, None] * B[:, t])[..., None] * x[:, t, :, None]
-        y.append((C[:, t, :, None] @ state).squeeze(2))
-    y = torch.stack(y, dim=1)
-    return y if D is None else y + D[:, None] * x
+    batch, length, heads, p = x.shape
+    groups, n = B.shape[2:]
+    B = B.repeat_interleave(heads // groups, dim=2)  # (b, l, heads, n)
+    C = C.repeat_interleave(heads // groups, dim=2)
+    state = x.new_zeros(batch, heads, n, p)
+    outputs = []
+    for t in range(length):
+        decay = (dt[:, t] * A).exp()  # (b, heads)
+        write = (dt[:, t, :, None] * B[:, t])[..., None] * x[:, t, :, None]  # dt B x^T: (b, heads, n, p)
+        state = decay[..., None, None] * state + write
+        outputs.append((C[:, t, :, None] @ state).squeeze(2))
+    y = torch.stack(outputs, dim=1)
+    if D is not None:
+        y = y + D[:, None] * x
+    return y
 
 
-def chunk(state, x, dt, A, B, C):
+def ssd_chunk(state, x, dt, A, B, C):
     """The same map over one chunk of c tokens, as matrix products: state space duality.
 
     Write s_i for the running sum of dt A inside the chunk and u_j = dt_j x_j. Unrolled from its start,
@@ -241,82 +155,66 @@ def chunk(state, x, dt, A, B, C):
     so inside it is causal attention without a softmax, (G * L) u. Every exponent is <= 0: strong decay
     underflows to zero and nothing overflows. Decays and states are float32 (or float64), whatever x is.
 
-    With r heads in each of g groups: state (b, g, r, p, n) or None at the start, x (b, c, g, r, p),
-    dt (b, c, g, r), A (g, r), B and C (b, c, g, n) -> y like x, state after the chunk.
+    With r heads in each of g groups: state (b, g, r, n, p), or None before the first chunk;
+    x (b, c, g, r, p), dt (b, c, g, r), A (g, r), B and C (b, c, g, n).
+    Returns y like x, and the state after the chunk.
     """
-    u = x * dt[..., None].to(x.dtype)  # 1. what each token brings: dt x
-    s = (dt * A).cumsum(1)  # 2. the log of the decay from the chunk's start to each token
-    s_last, s_rows = s[:, -1], s.movedim(1, -1)  # (b, g, r), (b, g, r, c)
-    L = (s_rows[..., :, None] - s_rows[..., None, :]).tril().exp()  # 3. decay from j to i
-    G = torch.einsum("bign,bjgn->bgij", C, B).tril()[:, :, None]  # 4. C_i . B_j where j <= i, else 0
-    y = torch.einsum("bgrij,bjgrp->bigrp", (G * L).to(x.dtype), u)  # 5. what the chunk reads of itself
-    if state is not None:  # 6. what it reads of all before it
-        from_start = s.exp()[..., None].to(x.dtype)
-        y = y + from_start * torch.einsum("bign,bgrpn->bigrp", C, state.to(x.dtype))
-    to_end = (s_last[:, None] - s).exp()[..., None].to(x.dtype)
-    added = torch.einsum("bjgrp,bjgn->bgrpn", u * to_end, B).to(s.dtype)
-    return y, added if state is None else s_last.exp()[..., None, None] * state + added  # 7. what is left
+    # 1. What each token brings: u = dt x.
+    u = x * dt[..., None].to(x.dtype)
+    # 2. The logarithm of the decay from the chunk's start to each token.
+    s = (dt * A).cumsum(dim=1)  # (b, c, g, r)
+    s_last = s[:, -1]  # (b, g, r)
+    # 3. L: the decay from token j to a later token i. Above the diagonal i comes before j, and the difference
+    #    is positive and may be large. tril makes it 0 before exp can overflow, which leaves ones there;
+    #    G is 0 above the diagonal, so these ones count for nothing.
+    s_by_head = s.movedim(1, -1)  # (b, g, r, c)
+    L = (s_by_head[..., :, None] - s_by_head[..., None, :]).tril().exp()  # (b, g, r, i, j)
+    # 4. G: C_i . B_j where j <= i, else 0. All heads of a group share it.
+    G = torch.einsum("bign,bjgn->bgij", C, B).tril()[:, :, None]  # (b, g, 1, i, j)
+    # 5. What the chunk reads of itself.
+    y = torch.einsum("bgrij,bjgrp->bigrp", (G * L).to(x.dtype), u)
+    # 6. What it reads of everything before it.
+    if state is not None:
+        decay_from_start = s.exp()[..., None].to(x.dtype)
+        y = y + decay_from_start * torch.einsum("bign,bgrnp->bigrp", C, state.to(x.dtype))
+    # 7. What it leaves behind.
+    decay_to_end = (s_last[:, None] - s).exp()[..., None].to(x.dtype)
+    state_out = torch.einsum("bjgn,bjgrp->bgrnp", B, u * decay_to_end).to(s.dtype)
+    if state is not None:
+        state_out = s_last.exp()[..., None, None] * state + state_out
+    return y, state_out
 
 
 def ssd(x, dt, A, B, C, chunk_size, D=None):
     """`ssd_recurrence`, in value and gradient, chunk by chunk: linear in l, and nearly all matrix products.
 
-    Shapes and argument order are those of mamba-ssm's `mamba_chunk_scan_combined`. Where gradients are
-    wanted each chunk is checkpointed, so that of its matrices only one chunk's are in memory at once.
+    Shapes and argument order are those of mamba-ssm's `mamba_chunk_scan_combined`.
     """
-    precise, g = torch.promote_types(x.dtype, torch.float32), B.shape[2]
-    heads = x.unflatten(2, (g, -1)), dt.to(precise).unflatten(2, (g, -1))  # (b, l, g, r, p), (b, l, g, r)
-    A, step = A.to(precise).unflatten(0, (g, -1)), chunk
-    if torch.is_grad_enabled() and x.shape[1] > chunk_size:
-        step = partial(checkpoint, chunk, use_reentrant=False)
-    state, y = None, []
-    for x_c, dt_c, B_c, C_c in zip(*(v.split(chunk_size, dim=1) for v in (*heads, B, C))):
-        y_c, state = step(state, x_c, dt_c, A, B_c, C_c)  # the state crosses from chunk to chunk here
-        y.append(y_c)
-    y = torch.cat(y, dim=1).flatten(2, 3)
-    return y if D is None else y + D[:, None].to(x.dtype) * x
-
-
-@lru_cache(maxsize=None)
-def optional_kernel(module, name):
-    """Function `name` of an optional `module`; None if it is not installed, or (said) cannot be imported."""
-    if importlib.util.find_spec(module.split(".")[0]) is None:
-        return None
-    compiled = "selective_scan_cuda"  # Mamba-1's: mamba_ssm imports it, a build may lack it, nobody calls it
-    try:
-        if compiled not in sys.modules and importlib.util.find_spec(compiled) is None:
-            sys.modules[compiled] = types.ModuleType(compiled)
-        return torch.compiler.disable(getattr(importlib.import_module(module), name))
-    except Exception as error:  # built against another torch or Triton, a package raises anything
-        print(f"{module} is installed but cannot be imported, going on without: {error!r}", file=sys.stderr)
-
-
-def scan_kernel(device, dtype):
-    """mamba-ssm's scan where it can run, or None."""
-    runs = torch.device(device).type == "cuda" and dtype != torch.float64
-    return optional_kernel("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined") if runs else None
-
-
-def attention_kernel(device, dtype):
-    """flash-attn's attention where it can run, or None."""
-    runs = torch.device(device).type == "cuda" and dtype in (torch.float16, torch.bfloat16)
-    return optional_kernel("flash_attn", "flash_attn_func") if runs else None
-
-
-def kernels_in_use(device, dtype):
-    """A line that says what computes scan and self-attention."""
-    scan = "mamba-ssm" if scan_kernel(device, dtype) else "plain PyTorch"
-    attention = "flash-attn" if attention_kernel(device, dtype) else "PyTorch SDPA"
-    return f"{device} in {str(dtype)[6:]}: scan by {scan}, self-attention by {attention}"
+    groups = B.shape[2]
+    precise = torch.promote_types(x.dtype, torch.float32)
+    x_grouped = x.unflatten(2, (groups, -1))  # (b, l, g, r, p): the r heads that share B and C
+    dt = dt.to(precise).unflatten(2, (groups, -1))  # (b, l, g, r)
+    A = A.to(precise).unflatten(0, (groups, -1))  # (g, r)
+    state = None
+    outputs = []
+    for start in range(0, x.shape[1], chunk_size):
+        part = slice(start, start + chunk_size)
+        # The state crosses from chunk to chunk here.
+        y, state = ssd_chunk(state, x_grouped[:, part], dt[:, part], A, B[:, part], C[:, part])
+        outputs.append(y)
+    y = torch.cat(outputs, dim=1).flatten(2, 3)  # (b, l, heads, p)
+    if D is not None:
+        y = y + D[:, None].to(x.dtype) * x
+    return y
 
 
 # ---------------------------------------------------------------------------------------------------
-# 4. Token mixers
+# 3. Token mixers
 # ---------------------------------------------------------------------------------------------------
 
 
 def upcast(x):
-    """A tensor in float32, or in float64 if it is."""
+    """Return x in float32, or in float64 if it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -325,41 +223,47 @@ class GatedRMSNorm(nn.Module):
 
     def __init__(self, width, groups=1, eps=1e-5):
         super().__init__()
-        self.weight, self.groups, self.eps = nn.Parameter(torch.ones(width)), groups, eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.groups = groups
+        self.eps = eps
 
     def forward(self, y, z):
-        v = (upcast(y) * F.silu(upcast(z))).unflatten(-1, (self.groups, -1))
-        v = (v * torch.rsqrt(v.pow(2).mean(-1, keepdim=True) + self.eps)).flatten(-2)
-        return v.to(y.dtype) * self.weight.to(y.dtype)
+        gated = (upcast(y) * F.silu(upcast(z))).unflatten(-1, (self.groups, -1))
+        normed = (gated * torch.rsqrt(gated.pow(2).mean(-1, keepdim=True) + self.eps)).flatten(-2)
+        return normed.to(y.dtype) * self.weight.to(y.dtype)
 
 
 class CausalConv1d(nn.Conv1d):
     """Depthwise causal convolution over a sequence, x (b, l, channels) -> the same; `nn.Conv1d`'s names."""
 
     def forward(self, x):
-        # As a line of pixels, channels last in memory, it takes a third of conv1d's time on a CPU.
-        line = F.pad(x, (0, 0, self.kernel_size[0] - 1, 0)).mT[:, :, None]  # (b, channels, 1, l + k - 1)
-        y = F.conv2d(line, self.weight[:, :, None], groups=self.groups)[:, :, 0].mT
-        return y + self.bias.to(y.dtype)
-
-
-# Parameters that stay float32: rounded, they would change every decay of a long sequence
-ALWAYS_FLOAT32 = ("A_log", "dt_bias")
+        # As one line of pixels, channels last in memory, it takes a third of conv1d's time on a CPU.
+        padded = F.pad(x, (0, 0, self.kernel_size[0] - 1, 0))  # zeros before the first token
+        line = padded.mT[:, :, None]  # (b, channels, 1, l + kernel - 1)
+        y = F.conv2d(line, self.weight[:, :, None], groups=self.groups)
+        return y[:, :, 0].mT + self.bias.to(y.dtype)
 
 
 class Mamba2(nn.Module):
     """The Mamba-2 layer over a sequence, u (b, l, d) -> (b, l, d), causal.
 
     Parameter names and shapes are those of mamba-ssm's `Mamba2` and transformers' `Mamba2Mixer`, so that
-    weights move between them unchanged.  width d; d_state N; expand: inner width / d; head_dim P; chunk_size
-    of mamba-ssm's kernels.
+    weights move between them unchanged.
+
+    Args:
+        width: d.  d_state: n.  expand: inner width / d.  head_dim: p.
+        d_conv: tokens that the convolution sees.  n_groups: how many B and C the heads share.
+        chunk_size: tokens that the scan takes at once; it changes speed, not the result.
     """
 
     def __init__(self, width, d_state=256, expand=2, head_dim=64, d_conv=4, n_groups=1, chunk_size=256):
         super().__init__()
         inner = expand * width
-        self.d_state, self.head_dim, self.n_groups, self.chunk_size = d_state, head_dim, n_groups, chunk_size
+        self.d_state = d_state
+        self.head_dim = head_dim
+        self.n_groups = n_groups
         self.n_heads = inner // head_dim
+        self.chunk_size = chunk_size
         conv_width = inner + 2 * n_groups * d_state
         self.split_sizes = [inner, conv_width, self.n_heads]  # z | x B C | dt
         self.in_proj = nn.Linear(width, sum(self.split_sizes), bias=False)
@@ -373,42 +277,61 @@ class Mamba2(nn.Module):
 
     @torch.no_grad()
     def reset_recurrence(self, dt_min=1e-3, dt_max=0.1, A_range=(1, 16)):
-        """mamba-ssm's initialisation: step log-uniform in [dt_min, dt_max], A uniform in A_range, D one."""
-        dt = torch.exp(torch.rand(self.n_heads) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min))
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+        """mamba-ssm's initialisation: dt log-uniform in [dt_min, dt_max], A uniform in A_range, D one."""
+        log_dt = torch.rand(self.n_heads) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)
+        dt = log_dt.exp()
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         self.A_log.copy_(torch.empty(self.n_heads).uniform_(*A_range).log())
         self.D.fill_(1.0)
 
+    def _apply(self, fn, recurse=True):
+        """Whatever dtype a library asks for, A_log and dt_bias stay in float32 at least.
+
+        Rounded to bfloat16 they would change every decay of a long sequence.
+        """
+        exact = {"A_log": self.A_log.data, "dt_bias": self.dt_bias.data}
+        super()._apply(fn, recurse)
+        for name, value in exact.items():
+            parameter = getattr(self, name)
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = value.to(parameter.device)
+        return self
+
     def scan(self, xBC, dt):
-        """Convolution, recurrence: xBC (b, l, conv_width), dt (b, l, n_heads) -> y (b, l, inner)."""
+        """Convolution, then recurrence: xBC (b, l, conv_width), dt (b, l, heads) -> y (b, l, inner)."""
+        inner = self.n_heads * self.head_dim
         states = self.n_groups * self.d_state
-        sizes = [self.n_heads * self.head_dim, states, states]
-        x, B, C = F.silu(self.conv1d(xBC)).split(sizes, dim=-1)
-        x = x.unflatten(-1, (self.n_heads, self.head_dim))  # (b, l, h, p)
-        B, C = (m.unflatten(-1, (self.n_groups, self.d_state)) for m in (B, C))  # (b, l, g, n)
-        dt = F.softplus(upcast(dt) + upcast(self.dt_bias))  # (b, l, h)
-        A = -upcast(self.A_log).exp()  # (h,)
+        x, B, C = F.silu(self.conv1d(xBC)).split([inner, states, states], dim=-1)
+        x = x.unflatten(-1, (self.n_heads, self.head_dim))  # (b, l, heads, p)
+        B = B.unflatten(-1, (self.n_groups, self.d_state))  # (b, l, groups, n)
+        C = C.unflatten(-1, (self.n_groups, self.d_state))
+        dt = F.softplus(upcast(dt) + upcast(self.dt_bias))  # (b, l, heads)
+        A = -upcast(self.A_log).exp()  # (heads,)
         kernel = scan_kernel(x.device, x.dtype)
         if kernel is not None:
             return kernel(x, dt, A, B, C, self.chunk_size, D=self.D).flatten(2)
-        # The result does not depend on the chunk; on a CPU 64 is fastest at every size measured.
-        return ssd(x, dt, A, B, C, 128 if x.is_cuda else 64, D=self.D).flatten(2)
+        # In plain PyTorch a chunk's matrices should stay in a CPU's cache, so chunks are 64 tokens at most.
+        return ssd(x, dt, A, B, C, min(self.chunk_size, 64), D=self.D).flatten(2)
 
     def forward(self, u, backward=(False,)):
-        """backward: an entry a scan; True reads from the last token to the first. Scans share all weights."""
+        """backward: one entry for each scan; True reads from the last token to the first.
 
-        def flip(v, yes):
-            return v.flip(1) if yes else v
-
-        # in_proj, norm and out_proj see one token at a time and so commute with the reversal: only
-        # convolution and recurrence run once for each direction, as one larger batch.
+        All scans share all weights. in_proj and norm see one token at a time, so they commute with the
+        reversal: only convolution and recurrence run once for each direction, as one larger batch.
+        """
         z, xBC, dt = self.in_proj(u).split(self.split_sizes, dim=-1)
-        both = (torch.cat([flip(v, yes) for yes in backward]) for v in (xBC, dt))
-        scans = self.scan(*both).chunk(len(backward))
-        return self.out_proj(sum(self.norm(flip(y, yes), z) for y, yes in zip(scans, backward)))
+        # The direction is reversed here: a copy of the sequence for each scan, stacked along the batch.
+        xBC = torch.cat([xBC.flip(1) if reverse else xBC for reverse in backward])
+        dt = torch.cat([dt.flip(1) if reverse else dt for reverse in backward])
+        scans = self.scan(xBC, dt).chunk(len(backward))  # each (b, l, inner)
+        # Turned back, token i is at place i in every scan, and meets its own z.
+        scans = [y.flip(1) if reverse else y for y, reverse in zip(scans, backward)]
+        total = sum(self.norm(y, z) for y in scans)
+        # out_proj is linear without a bias: projecting the sum once equals summing two projections.
+        return self.out_proj(total)
 
 
-# letter -> (raster of the image, is it read backwards? once for each scan)
+# letter -> (raster of the image, for each scan: is it read backwards?)
 SCANS = {
     "W": ("rows", (False, True)),  # width-first, both ways
     "H": ("columns", (False, True)),  # height-first, both ways
@@ -420,10 +343,10 @@ SCANS = {
 
 
 class MambaMixer(nn.Module):
-    """Mamba-2 over the raster of an image, tokens (B, H*W, d) -> (B, H*W, d).
+    """Mamba-2 over the raster of an image, tokens (b, rows * columns, d) -> the same shape.
 
     letter: see `SCANS`. Two scans share their weights and are fused by a linear layer (`fuse`) on their sum
-    (paper 3.3; sum instead of concatenation is our choice, it gives the paper's 0.7B).
+    (paper 3.3; the sum instead of the concatenation is our choice, it gives the paper's 0.7B).
     """
 
     def __init__(self, letter, width, **mamba):
@@ -432,59 +355,73 @@ class MambaMixer(nn.Module):
         self.mamba = Mamba2(width, **mamba)
         self.fuse = nn.Linear(width, width) if len(self.backward) == 2 else nn.Identity()
 
-    def forward(self, x, grid):
-        H, W = grid
+    def forward(self, h, grid):
+        rows, columns = grid
+        if self.raster == "columns":  # transpose the grid: its columns follow one another
+            h = h.unflatten(1, (rows, columns)).transpose(1, 2).flatten(1, 2)
+        h = self.fuse(self.mamba(h, self.backward))
         if self.raster == "columns":
-            x = x.unflatten(1, (H, W)).transpose(1, 2).flatten(1, 2)
-        y = self.fuse(self.mamba(x, self.backward))
-        return y.unflatten(1, (W, H)).transpose(1, 2).flatten(1, 2) if self.raster == "columns" else y
+            h = h.unflatten(1, (columns, rows)).transpose(1, 2).flatten(1, 2)
+        return h
 
     @torch.no_grad()
     def fold(self):
-        """For sampling: `fuse` after `out_proj` is one linear map; make it one, not to be saved."""
+        """For sampling: make `fuse` after `out_proj`, one linear map, one matrix. Not to be saved."""
         if isinstance(self.fuse, nn.Linear):
-            out = self.mamba.out_proj
-            out.weight, out.bias = nn.Parameter(self.fuse.weight @ out.weight), self.fuse.bias
+            out_proj = self.mamba.out_proj
+            out_proj.weight = nn.Parameter(self.fuse.weight @ out_proj.weight)
+            out_proj.bias = self.fuse.bias
             self.fuse = nn.Identity()
 
 
 def attention(q, k, v, heads, mask=None):
-    """Multi-head softmax attention: q (B, L, d), k, v (B, T, d), mask that broadcasts to (B, heads, L, T)."""
-    q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q, k, v))  # (B, L, heads, d/heads)
+    """Multi-head softmax attention.
+
+    q (b, l, d), k and v (b, s, d), mask that broadcasts to (b, heads, l, s) -> (b, l, d).
+    """
+    q = q.unflatten(-1, (heads, -1))  # (b, l, heads, d / heads)
+    k = k.unflatten(-1, (heads, -1))
+    v = v.unflatten(-1, (heads, -1))
     kernel = attention_kernel(q.device, q.dtype) if mask is None else None
     if kernel is not None:
         return kernel(q, k, v).flatten(2)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    q = q.transpose(1, 2)  # (b, heads, l, d / heads)
+    k = k.transpose(1, 2)
+    v = v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):
     """Self-attention (mixer `S`) or, given a text, cross-attention to it; diffusers' parameter names.
 
-    Attributes: float32, False; True keeps softmax(q k^T) v out of autocast, as PixArt trains.
+    float32: keep softmax(q k^T) v out of autocast, as PixArt trains. It has no effect without autocast.
     """
 
-    float32 = False
-
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, float32=False):
         super().__init__()
         self.heads = heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.float32 = float32
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
-    def forward(self, x, grid=None, text=None, mask=None):
-        """x (B, L, d) [, text (B, T, d), mask broadcastable to (B, heads, L, T)] -> (B, L, d)."""
-        source = x if text is None else text
-        q, k, v = self.to_q(x), self.to_k(source), self.to_v(source)
-        if not self.float32:
-            return self.to_out[0](attention(q, k, v, self.heads, mask))
-        with torch.autocast(x.device.type, enabled=False):
-            mixed = attention(q.float(), k.float(), v.float(), self.heads, mask)
-        return self.to_out[0](mixed.to(q.dtype))
+    def forward(self, h, grid=None, text=None, mask=None):
+        """h (b, l, d) [, text (b, s, d), mask that broadcasts to (b, heads, l, s)] -> (b, l, d)."""
+        source = h if text is None else text
+        q = self.to_q(h)
+        k = self.to_k(source)
+        v = self.to_v(source)
+        if self.float32 and torch.is_autocast_enabled(h.device.type):
+            with torch.autocast(h.device.type, enabled=False):
+                mixed = attention(q.float(), k.float(), v.float(), self.heads, mask)
+        else:
+            mixed = attention(q, k, v, self.heads, mask)
+        return self.to_out[0](mixed)
 
 
 # ---------------------------------------------------------------------------------------------------
-# 5. The backbone
+# 4. The backbone
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -493,25 +430,35 @@ class MLP(nn.Module):
 
     def __init__(self, width_in, hidden, width_out):
         super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(width_in, hidden), nn.Linear(hidden, width_out)
+        self.linear_1 = nn.Linear(width_in, hidden)
+        self.linear_2 = nn.Linear(hidden, width_out)
 
     def forward(self, x):
         return self.linear_2(F.gelu(self.linear_1(x), approximate="tanh"))
 
 
+def sinusoid(values, channels=256):
+    """Numbers (b,) -> (b, channels): cosines, then sines, as diffusers' `Timesteps(flip_sin_to_cos=True)`."""
+    k = torch.arange(channels // 2, device=values.device)
+    frequencies = torch.exp(-math.log(10000) * k / (channels // 2))
+    angles = values[:, None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
 class TimestepEmbedder(nn.Module):
-    """A number per image, (B,) -> (B, width) in `dtype`: sinusoid, Linear, SiLU, Linear."""
+    """One number per image, (b,) -> (b, width) in `dtype`: sinusoid, Linear, SiLU, Linear."""
 
     def __init__(self, width):
         super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(256, width), nn.Linear(width, width)
+        self.linear_1 = nn.Linear(256, width)
+        self.linear_2 = nn.Linear(width, width)
 
     def forward(self, values, dtype):
         return self.linear_2(F.silu(self.linear_1(sinusoid(values).to(dtype))))
 
 
 def modulate(h, shift, scale):
-    """adaLN: LN(h) * (1 + scale) + shift, with shift and scale (B, 1, d)."""
+    """adaLN: LN(h) * (1 + scale) + shift, with shift and scale (b, 1, d)."""
     return F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
@@ -523,17 +470,20 @@ class Block(nn.Module):
     h = h + gate2 * MLP(LN(h) * (1 + scale2) + shift2)
     """
 
-    def __init__(self, letter, width, heads, mlp_ratio, mamba):
+    def __init__(self, letter, width, heads, mlp_ratio, float32_attention, mamba):
         super().__init__()
-        self.mixer = Attention(width, heads) if letter == "S" else MambaMixer(letter, width, **mamba)
+        if letter == "S":
+            self.mixer = Attention(width, heads, float32_attention)
+        else:
+            self.mixer = MambaMixer(letter, width, **mamba)
         self.cross_attention = Attention(width, heads)
         self.mlp = MLP(width, mlp_ratio * width, width)
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
 
-    def forward(self, h, time, text, mask, grid):
-        """h (B, L, d), time (B, 6, d), text (B, T, d) -> new h, mixer input, mixer output, each (B, L, d)."""
-        six = (self.scale_shift_table + time).chunk(6, dim=1)
-        shift1, scale1, gate1, shift2, scale2, gate2 = six  # each (B, 1, d)
+    def forward(self, h, modulation, text, mask, grid):
+        """h (b, l, d), modulation (b, 6, d), text (b, s, d) -> h, mixer input and output, each (b, l, d)."""
+        six = (self.scale_shift_table + modulation).chunk(6, dim=1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = six  # each (b, 1, d)
         mixer_input = modulate(h, shift1, scale1)
         mixer_output = self.mixer(mixer_input, grid)
         h = h + gate1 * mixer_output
@@ -547,45 +497,58 @@ class T2MD(ModelMixin, ConfigMixin):
 
     `S` self-attention, `H` / `W` bidirectional Mamba-2 over columns / rows, `>` `<` `v` `^` one direction.
     The paper's student is "SHWHWHW" * 4, its teacher "S" * 28. Given the same weights, an all-`S` model gives
-    the output of diffusers' `PixArtTransformer2DModel`. Works at any H x W that patch_size divides.
+    the output of diffusers' `PixArtTransformer2DModel`. It works at any grid.
 
-    Args:
-        pattern: one letter a block.  width, heads, mlp_ratio: as in DiT.
-        patch_size, in_channels, out_channels: latent pixels a token covers, latent channels in, channels out
-            (PixArt-alpha has 8: noise and variance).
+    Args, of the network:
+        pattern: one letter for each block.  width, heads, mlp_ratio: as in DiT.
+        patch_size, in_channels, out_channels: latent pixels a token covers along a side, latent channels in,
+            channels out (PixArt-alpha has 8: noise and variance).
         caption_width: width of the text encoder's features.
-        d_state, expand, head_dim, d_conv, n_groups, chunk_size: Mamba-2's (N, expansion, P, ...).
+        d_state, expand, head_dim, d_conv, n_groups, chunk_size: see `Mamba2`.
+        float32_attention: see `Attention`; self-attention only.
         pos_embed: "centered" (any size, zero-shot resolution) or "pixart" (the teacher's index grid).
-        sample_size: latent side it was last trained at (64 -> 512 px with an 8x VAE) and is sampled at.
+        sample_size: latent side that it was last trained at (64 -> 512 px with an 8x VAE).
         interpolation_scale: coordinates run over sample_size / patch_size / interpolation_scale, so a size
             twice as large with twice the scale has the same; max(sample_size // 64, 1) if None, as diffusers.
         use_additional_conditions: PixArt 1024's size and aspect embeddings; True at sample_size 128 if None.
-        beta_schedule: "linear" (teacher) or "scaled_linear" (quadratic, after adaptation), for the sampler.
+    Args that config.json carries for the sampler, and the network ignores:
+        beta_schedule: "linear" (teacher) or "scaled_linear" (quadratic, after adaptation).
+        guidance, guidance_interval: classifier-free guidance, and the timestep below which there is none.
         start_size, renoise: latent side at which progressive sampling begins (sample_size if None), and the
             timestep that it goes back to with an enlarged picture.
-        guidance, guidance_interval: classifier-free guidance, and the timestep below which there is none.
         vae, text_encoder: what it was trained with: folder (relative to the checkpoint's own) or repository.
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = _repeated_blocks = ["Block"]  # the latter for diffusers' compile_repeated_blocks
+    _no_split_modules = ["Block"]
+    _repeated_blocks = ["Block"]  # for diffusers' compile_repeated_blocks
+    _keep_in_fp32_modules = ["A_log", "dt_bias"]  # for diffusers' from_pretrained(torch_dtype=...)
 
     # fmt: off
     @register_to_config
-    def __init__(self, pattern="SHWHWHW" * 4, width=1152, heads=16, mlp_ratio=4, patch_size=2, in_channels=4,
-                 out_channels=4, caption_width=4096, d_state=256, expand=2, head_dim=64, d_conv=4, n_groups=1,
-                 chunk_size=256, pos_embed="centered", sample_size=64, interpolation_scale=None,
-                 use_additional_conditions=None, beta_schedule="linear", start_size=None, renoise=500,
-                 guidance=4.5, guidance_interval=0, vae=None, text_encoder=None):
+    def __init__(
+        self,
+        # the network
+        pattern="SHWHWHW" * 4, width=1152, heads=16, mlp_ratio=4,
+        patch_size=2, in_channels=4, out_channels=4, caption_width=4096,
+        d_state=256, expand=2, head_dim=64, d_conv=4, n_groups=1, chunk_size=256,
+        float32_attention=False, pos_embed="centered",
+        sample_size=64, interpolation_scale=None, use_additional_conditions=None,
+        # the sampler
+        beta_schedule="linear", guidance=4.5, guidance_interval=0, start_size=None, renoise=500,
+        vae=None, text_encoder=None,
+    ):
         # fmt: on
         super().__init__()
+        check_arguments(self.config)
         self.base = sample_size // patch_size  # tokens along a side at the base resolution
         self.interpolation_scale = interpolation_scale or max(sample_size // 64, 1)
-        conditioned = use_additional_conditions
-        self.conditioned_on_size = sample_size == 128 if conditioned is None else conditioned
+        self.conditioned_on_size = use_additional_conditions
+        if use_additional_conditions is None:
+            self.conditioned_on_size = sample_size == 128
         self.gradient_checkpointing = False
-        mamba = dict(d_state=d_state, expand=expand, head_dim=head_dim, d_conv=d_conv, n_groups=n_groups)
-        mamba["chunk_size"] = chunk_size
+        mamba = dict(d_state=d_state, expand=expand, head_dim=head_dim)
+        mamba.update(d_conv=d_conv, n_groups=n_groups, chunk_size=chunk_size)
 
         self.patch_embed = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
         self.caption_projection = MLP(caption_width, width, width)
@@ -594,7 +557,8 @@ class T2MD(ModelMixin, ConfigMixin):
             self.resolution_embedder = TimestepEmbedder(width // 3)
             self.aspect_ratio_embedder = TimestepEmbedder(width // 3)
         self.adaln_single = nn.Linear(width, 6 * width)
-        self.blocks = nn.ModuleList(Block(letter, width, heads, mlp_ratio, mamba) for letter in pattern)
+        blocks = [Block(letter, width, heads, mlp_ratio, float32_attention, mamba) for letter in pattern]
+        self.blocks = nn.ModuleList(blocks)
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
         self.proj_out = nn.Linear(width, patch_size**2 * out_channels)
         self.init_weights()
@@ -621,38 +585,61 @@ class T2MD(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.proj_out.weight)
 
     def arguments(self):
-        """What this model was made with: type(model)(**model.arguments()) is like it, of fresh weights."""
+        """What this model was made with: type(model)(**model.arguments()) is like it, with fresh weights."""
         return {name: value for name, value in self.config.items() if not name.startswith("_")}
 
-    def tokens(self, hidden_states):
-        """Latents (B, C, h, w) -> tokens with positions (B, L, d), grid (H, W)."""
-        p, (height, width) = self.config.patch_size, hidden_states.shape[-2:]
+    def save_pretrained(self, folder, **kwargs):
+        """As diffusers does, and this file along, so that `trust_remote_code=True` loads it anywhere."""
+        super().save_pretrained(folder, **kwargs)
+        shutil.copy(os.path.abspath(__file__), os.path.join(folder, "t2md.py"))
+
+    def patchify(self, hidden_states):
+        """Latents (b, c, height, width) -> tokens with positions (b, l, d), grid (rows, columns)."""
+        p = self.config.patch_size
+        height, width = hidden_states.shape[-2:]
         if height % p or width % p:
             raise ValueError(f"latents of {height} x {width} cannot be cut into patches of {p} x {p}")
-        h = self.patch_embed(hidden_states)
-        grid, h = tuple(h.shape[-2:]), h.flatten(2).transpose(1, 2)
-        where = *grid, self.config.width, self.base, self.interpolation_scale
-        return h + position_embedding(self.config.pos_embed, *where, h.device, h.dtype), grid
+        h = self.patch_embed(hidden_states)  # (b, d, rows, columns)
+        rows, columns = h.shape[-2:]
+        h = h.flatten(2).transpose(1, 2)  # (b, l, d)
+        position = position_embedding(
+            self.config.pos_embed,
+            rows,
+            columns,
+            self.config.width,
+            self.base,
+            self.interpolation_scale,
+            h.device,
+            h.dtype,
+        )
+        return h + position, (rows, columns)
 
     def embed_time(self, timestep, h, added_cond_kwargs):
-        """Timesteps (B,) or scalar, size conditions -> embedding (B, width), adaLN's input (B, 6, width)."""
-        batch, dtype = len(h), h.dtype
-        embedded = self.timestep_embedder(torch.as_tensor(timestep, device=h.device).expand(batch), dtype)
+        """Timesteps (b,) or scalar, size conditions -> embedding (b, d), the blocks' modulation (b, 6, d)."""
+        batch = len(h)
+        timestep = torch.as_tensor(timestep, device=h.device).expand(batch)
+        embedding = self.timestep_embedder(timestep, h.dtype)
         if self.conditioned_on_size:
             if not added_cond_kwargs or added_cond_kwargs.get("resolution") is None:
-                needed = "added_cond_kwargs needs resolution (B, 2) and aspect_ratio (B, 1)"
+                needed = "added_cond_kwargs needs resolution (b, 2) and aspect_ratio (b, 1)"
                 raise ValueError(f"this model is conditioned on size: {needed}")
-            resolution = self.resolution_embedder(added_cond_kwargs["resolution"].flatten(), dtype)
-            aspect = self.aspect_ratio_embedder(added_cond_kwargs["aspect_ratio"].flatten(), dtype)
-            embedded = embedded + torch.cat([resolution.view(batch, -1), aspect.view(batch, -1)], dim=1)
-        return embedded, self.adaln_single(F.silu(embedded)).unflatten(1, (6, -1))
+            resolution = self.resolution_embedder(added_cond_kwargs["resolution"].flatten(), h.dtype)
+            aspect_ratio = self.aspect_ratio_embedder(added_cond_kwargs["aspect_ratio"].flatten(), h.dtype)
+            size = torch.cat([resolution.view(batch, -1), aspect_ratio.view(batch, -1)], dim=1)
+            embedding = embedding + size
+        modulation = self.adaln_single(F.silu(embedding)).unflatten(1, (6, -1))
+        return embedding, modulation
 
-    def latents(self, h, embedded, grid):
-        """Tokens (B, L, d) after the last block, and time's embedding (B, d) -> (B, out_channels, h, w)."""
-        p, (H, W) = self.config.patch_size, grid
-        shift, scale = (self.scale_shift_table + embedded[:, None]).chunk(2, dim=1)  # (B, 1, d)
-        h = self.proj_out(modulate(h, shift, scale)).view(len(h), H, W, p, p, self.config.out_channels)
-        return torch.einsum("nhwpqc->nchpwq", h).reshape(len(h), self.config.out_channels, H * p, W * p)
+    def unpatchify(self, h, embedding, grid):
+        """Tokens (b, l, d) after the last block, embedding (b, d) -> (b, out_channels, height, width)."""
+        rows, columns = grid
+        p = self.config.patch_size
+        channels = self.config.out_channels
+        shift, scale = (self.scale_shift_table + embedding[:, None]).chunk(2, dim=1)  # each (b, 1, d)
+        patches = self.proj_out(modulate(h, shift, scale))  # (b, l, p * p * channels)
+        patches = patches.view(len(h), rows, columns, p, p, channels)
+        pixels = torch.einsum("byxpqc->bcypxq", patches)
+        return pixels.reshape(len(h), channels, rows * p, columns * p)
 
     def checkpointed(self, module, *inputs):
         """module(*inputs); with gradient checkpointing its inside is computed again in the backward pass."""
@@ -667,45 +654,94 @@ class T2MD(ModelMixin, ConfigMixin):
         """Predict the noise; the signature of diffusers' PixArtTransformer2DModel.
 
         Args:
-            hidden_states: noisy latents (B, in_channels, h, w), h and w multiples of patch_size.
-            encoder_hidden_states: caption features (B, T, caption_width).
-            encoder_attention_mask: (B, T), 1 = token, 0 = padding; or diffusers' bias (B, 1, T).
-            timestep: (B,) or a scalar, in [0, 1000).
-            added_cond_kwargs: {"resolution": (B, 2) pixels, "aspect_ratio": (B, 1)} for PixArt-1024 weights.
+            hidden_states: noisy latents (b, c, height, width), sides multiples of patch_size.
+            encoder_hidden_states: caption features (b, s, caption_width).
+            encoder_attention_mask: (b, s), 1 = token, 0 = padding; or diffusers' bias (b, 1, s).
+            timestep: (b,) or a scalar, in [0, 1000).
+            added_cond_kwargs: {"resolution": (b, 2) pixels, "aspect_ratio": (b, 1)} for PixArt-1024 weights.
             return_mixers: what distillation needs: return the sample and for each block n its mixer's input
-                h_n and output, both (B, L, width).
-        Returns Transformer2DModelOutput with `sample` (B, out_channels, h, w), or a 1-tuple.
+                h_n and output, both (b, l, d).
+        Returns Transformer2DModelOutput with `sample` (b, out_channels, height, width), or a 1-tuple.
         """
-        h, grid = self.tokens(hidden_states)  # (B, L, d)
-        embedded, time = self.embed_time(timestep, h, added_cond_kwargs)  # (B, d), (B, 6, d)
-        text, mask = self.caption_projection(encoder_hidden_states), encoder_attention_mask  # (B, T, d)
-        if mask is not None:
-            mask = mask[:, None, None].bool() if mask.ndim == 2 else mask[:, None].to(text.dtype)
+        h, grid = self.patchify(hidden_states)  # (b, l, d)
+        embedding, modulation = self.embed_time(timestep, h, added_cond_kwargs)  # (b, d), (b, 6, d)
+        text = self.caption_projection(encoder_hidden_states)  # (b, s, d)
+        mask = attention_mask(encoder_attention_mask, text.dtype)  # broadcasts to (b, heads, l, s)
 
         mixers = []
         for block in self.blocks:
-            h, mixer_input, mixer_output = self.checkpointed(block, h, time, text, mask, grid)
+            h, mixer_input, mixer_output = self.checkpointed(block, h, modulation, text, mask, grid)
             if return_mixers:
                 mixers.append((mixer_input, mixer_output))
 
-        sample = self.latents(h, embedded, grid)
+        sample = self.unpatchify(h, embedding, grid)
         if return_mixers:
             return sample, mixers
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        if return_dict:
+            return Transformer2DModelOutput(sample=sample)
+        return (sample,)
+
+
+def check_arguments(config):
+    """Raise ValueError, in one sentence, if T2MD's arguments do not fit each other."""
+    unknown = sorted(set(config.pattern) - {"S", *SCANS})
+    if unknown or not config.pattern:
+        raise ValueError(f"pattern {config.pattern!r} must be made of the letters S {' '.join(SCANS)}")
+    if config.width % config.heads or config.width % 4:
+        raise ValueError(f"width {config.width} must be a multiple of 4 and of the {config.heads} heads")
+    if set(config.pattern) != {"S"}:
+        inner = config.expand * config.width
+        if inner % config.head_dim:
+            raise ValueError(f"Mamba's inner width {inner} must be a multiple of head_dim {config.head_dim}")
+        if (inner // config.head_dim) % config.n_groups or inner % config.n_groups:
+            heads = inner // config.head_dim
+            raise ValueError(f"Mamba's {heads} heads must be a multiple of n_groups {config.n_groups}")
+    if config.pos_embed not in COORDINATES:
+        raise ValueError(f"pos_embed {config.pos_embed!r} must be one of {', '.join(COORDINATES)}")
+
+
+def attention_mask(mask, dtype):
+    """A mask of tokens (b, s), or diffusers' bias (b, 1, s), or None -> what `attention` takes."""
+    if mask is None:
+        return None
+    if mask.ndim == 2:
+        return mask[:, None, None].bool()  # (b, 1, 1, s), True where there is a token
+    return mask[:, None].to(dtype)  # (b, 1, 1, s), added to the logits
 
 
 # ---------------------------------------------------------------------------------------------------
-# 6. Losses. z_t (B, C, h, w); every loss is a scalar, a mean over elements
+# 5. Losses. z_t (b, c, height, width); every loss is a scalar, a mean over elements
 # ---------------------------------------------------------------------------------------------------
 
 
 def predict_noise(model, z_t, t, text, mask, return_mixers=False, **conditions):
-    """epsilon(z_t, t, tau), (B, C, h, w), of a model with learned variance the noise half; with return_mixers
-    also [(input, output)] of each block's mixer.  conditions: size conditions, if any."""
-    inputs = dict(encoder_attention_mask=mask, added_cond_kwargs=conditions or None, return_dict=False)
-    sample, *mixers = model(z_t, text, t, return_mixers=return_mixers, **inputs)
-    noise = sample[:, : z_t.shape[1]]
-    return (noise, *mixers) if return_mixers else noise
+    """epsilon(z_t, t, tau), (b, c, height, width); of a model with learned variance the noise half.
+
+    text (b, s, caption_width), mask (b, s).  conditions: see `size_conditions`.
+    With return_mixers returns the noise and [(input, output)] of each block's mixer, (b, l, d) each.
+    """
+    inputs = dict(
+        hidden_states=z_t,
+        encoder_hidden_states=text,
+        timestep=t,
+        added_cond_kwargs=conditions or None,
+        encoder_attention_mask=mask,
+        return_dict=False,
+    )
+    channels = z_t.shape[1]
+    if return_mixers:
+        sample, mixers = model(**inputs, return_mixers=True)
+        return sample[:, :channels], mixers
+    (sample,) = model(**inputs)
+    return sample[:, :channels]
+
+
+def size_conditions(model, height, width, batch):
+    """PixArt-1024's conditions for `batch` images of height x width pixels; {} if the model has none."""
+    if not model.conditioned_on_size:
+        return {}
+    sizes = torch.tensor([[height, width, height / width]] * batch, device=model.device, dtype=model.dtype)
+    return dict(resolution=sizes[:, :2], aspect_ratio=sizes[:, 2:])
 
 
 def mean_square(a, b):
@@ -716,17 +752,18 @@ def mean_square(a, b):
 def forcing_loss(student, teacher, z_t, t, text, mask, **conditions):
     """Equation 6, layer-level teacher forcing: sum over Mamba blocks n of ||Mamba_n(h'_n) - SA'_n(h'_n)||^2.
 
-    h'_n is the TEACHER's input to its n-th mixer (equation 5), fed to both. With gradient checkpointing one
-    mixer at a time is in memory, beside all h'_n and the teacher's outputs: at full size 48 tensors of 1,024
-    tokens, 0.11 GiB an image of 512 px in bfloat16.
+    h'_n is the TEACHER's input to its n-th mixer (equation 5), fed to both.
     """
     with torch.no_grad():
-        _, mixers = predict_noise(teacher, z_t, t, text, mask, return_mixers=True, **conditions)
-    grid = tuple(side // student.config.patch_size for side in z_t.shape[2:])
+        _, teacher_mixers = predict_noise(teacher, z_t, t, text, mask, return_mixers=True, **conditions)
+    rows = z_t.shape[2] // student.config.patch_size
+    columns = z_t.shape[3] // student.config.patch_size
     loss = 0.0
-    for block, letter, (h, target) in zip(student.blocks, student.config.pattern, mixers, strict=True):
+    for n, letter in enumerate(student.config.pattern):
         if letter != "S":
-            loss = loss + mean_square(student.checkpointed(block.mixer, h, grid), target)
+            h, target = teacher_mixers[n]
+            output = student.checkpointed(student.blocks[n].mixer, h, (rows, columns))
+            loss = loss + mean_square(output, target)
     return loss
 
 
@@ -741,10 +778,14 @@ def soft_loss(teacher_noise, student_noise):
 
 
 def mixer_loss(teacher_mixers, student_mixers):
-    """Equation 10: 1/N sum over all N blocks of ||mixer output of theta' - theta||^2, each on its OWN h.
-    Both are [(input, output)] of each block's mixer."""
-    terms = [mean_square(s, t) for (_, s), (_, t) in zip(student_mixers, teacher_mixers, strict=True)]
-    return sum(terms) / len(terms)
+    """Equation 10: 1/N sum over all N blocks n of ||SA'_n(h'_n) - Mixer_n(h_n)||^2, each on its OWN h.
+
+    Both are [(input, output)] of each block's mixer; the outputs are compared.
+    """
+    total = 0.0
+    for (_, target), (_, output) in zip(teacher_mixers, student_mixers, strict=True):
+        total = total + mean_square(output, target)
+    return total / len(student_mixers)
 
 
 def kd_loss(student, teacher, z_t, t, text, mask, noise, soft_weight=0.5, mixer_weight=0.2, **conditions):
@@ -753,54 +794,296 @@ def kd_loss(student, teacher, z_t, t, text, mask, noise, soft_weight=0.5, mixer_
     with torch.no_grad():
         teacher_noise, teacher_mixers = predict_noise(teacher, **inputs)
     student_noise, student_mixers = predict_noise(student, **inputs)
-    mse, soft = mse_loss(noise, student_noise), soft_loss(teacher_noise, student_noise)
+    mse = mse_loss(noise, student_noise)
+    soft = soft_loss(teacher_noise, student_noise)
     mixer = mixer_loss(teacher_mixers, student_mixers)
     loss = mse + soft_weight * soft + mixer_weight * mixer
     return loss, dict(mse=mse.detach(), soft=soft.detach(), mixer=mixer.detach())
 
 
 # ---------------------------------------------------------------------------------------------------
-# 7. Weights from a teacher
+# 6. From a teacher to a student
 # ---------------------------------------------------------------------------------------------------
 
-# fmt: off
-PIXART_NAMES = (  # diffusers' name -> ours, for whatever is not the same
-    ("transformer_blocks.", "blocks."), (".attn1.", ".mixer."), (".attn2.", ".cross_attention."),
-    (".ff.net.0.proj.", ".mlp.linear_1."), (".ff.net.2.", ".mlp.linear_2."),
-    ("pos_embed.proj.", "patch_embed."), ("adaln_single.linear.", "adaln_single."), ("adaln_single.emb.", ""))
-# fmt: on
+# diffusers' name -> ours, for whatever is not the same
+PIXART_NAMES = {
+    "transformer_blocks.": "blocks.",
+    ".attn1.": ".mixer.",
+    ".attn2.": ".cross_attention.",
+    ".ff.net.0.proj.": ".mlp.linear_1.",
+    ".ff.net.2.": ".mlp.linear_2.",
+    "pos_embed.proj.": "patch_embed.",
+    "adaln_single.linear.": "adaln_single.",
+    "adaln_single.emb.": "",
+}
 
 
-def rename_pixart(state):
+def rename_pixart(weights):
     """The state dict of a diffusers PixArtTransformer2DModel -> that of the T2MD that computes the same."""
     renamed = {}
-    for name, weight in state.items():
-        for diffusers_name, name_here in PIXART_NAMES:
-            name = name.replace(diffusers_name, name_here)
+    for name, weight in weights.items():
+        for diffusers_name, our_name in PIXART_NAMES.items():
+            name = name.replace(diffusers_name, our_name)
         renamed[name] = weight
     renamed.pop("pos_embed.pos_embed", None)  # computed, not learned
     return renamed
 
 
-def from_pixart(path_or_repo, **overrides):
-    """The teacher as a T2MD, from a diffusers PixArt transformer or a pipeline that has one. The learned null
-    caption in PixArt-alpha's own files (y_embedding) is left out, as in diffusers."""
-    pixart = load_model(PixArtTransformer2DModel, path_or_repo, "transformer", torch_dtype=torch.float32)
-    config, heads = pixart.config, pixart.config.num_attention_heads
-    same = ("patch_size", "in_channels", "sample_size", "interpolation_scale", "use_additional_conditions")
-    arguments = {name: config[name] for name in same}
-    arguments |= dict(pattern="S" * config.num_layers, caption_width=config.caption_channels)
-    arguments |= dict(width=heads * config.attention_head_dim, heads=heads, pos_embed="pixart")
-    arguments |= dict(out_channels=config.out_channels or config.in_channels)
-    teacher = T2MD(**arguments | overrides)
-    teacher.load_state_dict(rename_pixart(pixart.state_dict()))
-    return teacher
+def student_of(teacher, pattern, model_class=None, **arguments):
+    """A student: what is no mixer, and every mixer whose letter stays, is the teacher's bit for bit.
+
+    The other mixers are fresh, as are DiM's additions. It predicts the noise only.
+
+    Args:
+        teacher: a T2MD.  pattern: the student's mixers, a letter for each block.
+        model_class: T2MD (None) or DiM.  arguments: any argument of that class, such as Mamba's shape.
+    """
+    if len(pattern) != len(teacher.blocks):
+        blocks = len(teacher.blocks)
+        raise ValueError(f"{pattern} has {len(pattern)} letters, but the teacher has {blocks} blocks")
+    of_student = teacher.arguments()
+    of_student.update(pattern=pattern, out_channels=teacher.config.in_channels)
+    of_student.update(arguments)
+    student = (model_class or T2MD)(**of_student)
+    weights = student.state_dict()
+    for name, weight in teacher.state_dict().items():
+        if ".mixer." not in name:
+            weights[name] = weight
+    for name in ("proj_out.weight", "proj_out.bias"):
+        weights[name] = noise_rows(weights[name], teacher.config.out_channels, student.config.out_channels)
+    student.load_state_dict(weights)
+    for n, letter in enumerate(pattern):
+        if letter == teacher.config.pattern[n]:
+            student.blocks[n].mixer.load_state_dict(teacher.blocks[n].mixer.state_dict())
+    return student
+
+
+def noise_rows(weight, channels, noise_channels):
+    """The rows of the output layer that predict the noise; all are (p, p, channel), the noise's first."""
+    return weight.unflatten(0, (-1, channels))[:, :noise_channels].flatten(0, 1)
+
+
+@torch.no_grad()
+def copy_attention(mixer, attention):
+    """Mamba-in-the-Llama's initialisation of a MambaMixer: C <- W_q, B <- W_k, x <- W_v, out_proj <- W_o.
+
+    The mixer must have the attention's geometry (`llama_shape`). The rest keeps its own initialisation, but
+    `fuse` starts as the mean of both directions plus W_o's bias. The biases of W_q, W_k and W_v are dropped:
+    in_proj has none.
+    """
+    mamba = mixer.mamba
+    z, _, dt = mamba.in_proj.weight.split(mamba.split_sizes)
+    in_proj = torch.cat([z, attention.to_v.weight, attention.to_k.weight, attention.to_q.weight, dt])
+    mamba.in_proj.weight.copy_(in_proj)
+    mamba.out_proj.weight.copy_(attention.to_out[0].weight)
+    if isinstance(mixer.fuse, nn.Linear):
+        nn.init.eye_(mixer.fuse.weight)
+        mixer.fuse.weight.mul_(0.5)
+        mixer.fuse.bias.copy_(attention.to_out[0].bias)
+
+
+def llama_shape(teacher):
+    """Mamba's arguments with the geometry of a teacher's attention: a group and a state for each head."""
+    head_width = teacher.config.width // teacher.config.heads
+    return dict(expand=1, d_state=head_width, head_dim=head_width, n_groups=teacher.config.heads)
+
+
+def fit_ends(model, latent_channels, caption_width):
+    """`model`, with new layers where another VAE's latents or another T5's features do not fit the old ones.
+
+    New are then patch_embed and proj_out, or caption_projection's first layer; the config says so.
+    """
+    fits = model.config.in_channels == latent_channels and model.config.caption_width == caption_width
+    if fits:
+        return model
+    arguments = model.arguments()
+    arguments.update(in_channels=latent_channels, out_channels=latent_channels, caption_width=caption_width)
+    fitted = type(model)(**arguments)
+    weights = fitted.state_dict()
+    for name, weight in model.state_dict().items():
+        if weight.shape == weights[name].shape:
+            weights[name] = weight
+    fitted.load_state_dict(weights)
+    return fitted
+
+
+# ---------------------------------------------------------------------------------------------------
+# 7. The frozen VAE and T5
+# ---------------------------------------------------------------------------------------------------
+
+
+class VAE:
+    """A frozen AutoencoderKL (SD1.5's, SDXL's or a small one), in the latent units the denoiser works in.
+
+    Agrees with diffusers' pipelines: latents are shifted by the VAE's own `shift_factor`, if it has one, and
+    multiplied by its `scaling_factor`; neither is a literal here. It never runs in autocast.
+
+    path_or_repo: a folder or repository with the VAE, or a whole pipeline that has one under `vae/`.
+    Attributes: factor: image pixels per latent pixel, along one side.  channels: latent channels.  source.
+    Only the config is read at first; the weights are loaded when they are needed (`model`).
+    """
+
+    def __init__(self, path_or_repo, device="cpu", dtype=torch.float32):
+        self.source = path_or_repo
+        self.device = device
+        self.dtype = dtype
+        self.lock = threading.Lock()  # tiling is a state of the model, and batches are made in threads
+        stored = load_part(AutoencoderKL.load_config, path_or_repo, "vae")
+        name = stored.get("_class_name", "AutoencoderKL")
+        if name != "AutoencoderKL":
+            raise ValueError(f"the VAE in {path_or_repo} is an {name}, and must be an AutoencoderKL")
+        with torch.device("meta"):
+            config = AutoencoderKL.from_config(stored).config  # entries that it lacks have their defaults
+        if config.latents_mean is not None or config.latents_std is not None:
+            what = "latents_mean or latents_std, which are not supported"
+            raise ValueError(f"the VAE in {path_or_repo} has {what}")
+        self.factor = 2 ** (len(config.block_out_channels) - 1)
+        self.channels = config.latent_channels
+        self.scale = config.scaling_factor
+        self.shift = config.shift_factor or 0.0
+
+    @functools.cached_property
+    def model(self):
+        model = load_model(AutoencoderKL, self.source, "vae", torch_dtype=self.dtype)
+        return model.to(self.device).eval().requires_grad_(False)
+
+    def unload(self):
+        """Let the weights go; they are loaded again if they are needed."""
+        self.__dict__.pop("model", None)
+
+    def set_tiling(self, side, tile):
+        """Encode or decode next in tiles of `tile` pixels if the longer `side` exceeds it (None: never)."""
+        self.model.use_tiling = tile is not None and side > tile
+        if self.model.use_tiling:
+            self.model.tile_sample_min_size = tile
+            self.model.tile_latent_min_size = tile // self.factor
+
+    @torch.no_grad()
+    def moments(self, images, tile=None):
+        """Images in [-1, 1], (b, 3, h, w) -> mean and standard deviation of q(z|x), each (b, c, h/f, w/f)."""
+        with self.lock, torch.autocast(torch.device(self.device).type, enabled=False):
+            self.set_tiling(max(images.shape[-2:]), tile)
+            q = self.model.encode(images.to(self.device, self.dtype)).latent_dist
+        mean = (q.mean.float() - self.shift) * self.scale
+        std = q.std.float() * self.scale
+        return mean, std
+
+    @torch.no_grad()
+    def decode(self, latents, tile=1024):
+        """Latents (b, c, h/f, w/f) -> images in [-1, 1], (b, 3, h, w). A side longer than `tile` pixels is
+        decoded in overlapping, blended tiles (diffusers'); smaller tiles leave seams in flat skies."""
+        latents = (latents / self.scale + self.shift).to(self.device, self.dtype)
+        with self.lock, torch.autocast(torch.device(self.device).type, enabled=False):
+            self.set_tiling(max(latents.shape[-2:]) * self.factor, tile)
+            return self.model.decode(latents).sample.float().clamp(-1, 1)
+
+
+class TextEncoder:
+    """A frozen T5 encoder with its tokenizer. Captions are lower-cased and stripped, as diffusers does.
+
+    path_or_repo: a folder or repository with both, or a pipeline with `text_encoder/` and `tokenizer/`.
+    max_length: tokens kept of a caption (PixArt-alpha: 120).
+    Attributes: width: of the features.  cut: how many captions were longer, so far.  source.
+    Only config and tokenizer are read at first; the weights are loaded when they are needed (`model`).
+    """
+
+    def __init__(self, path_or_repo, max_length=120, device="cpu", dtype=torch.float32):
+        self.source = path_or_repo
+        self.max_length = max_length
+        self.device = device
+        self.dtype = dtype
+        self.cut = 0
+        self.lock = threading.Lock()  # batches are made in threads
+        config = load_part(AutoConfig.from_pretrained, path_or_repo, "text_encoder")
+        if config.model_type != "t5":
+            raise ValueError(f"the text encoder in {path_or_repo} is a {config.model_type}, and must be a t5")
+        self.width = config.d_model
+        self.tokenizer = load_part(AutoTokenizer.from_pretrained, path_or_repo, "tokenizer")
+
+    @functools.cached_property
+    def model(self):
+        model = load_model(T5EncoderModel, self.source, "text_encoder", dtype=self.dtype)
+        return model.to(self.device).eval().requires_grad_(False)
+
+    def unload(self):
+        """Let the weights go; they are loaded again if they are needed."""
+        self.__dict__.pop("model", None)
+
+    @torch.no_grad()
+    def __call__(self, captions):
+        """List of b captions -> features (b, s, width) and mask (b, s), 1 for a token, s <= max_length.
+
+        s is the longest caption's length: what pads it to 120 in diffusers' pipeline is masked there anyway.
+        """
+        captions = [caption.lower().strip() for caption in captions]
+        with self.lock, torch.autocast(torch.device(self.device).type, enabled=False):
+            whole = self.tokenizer(captions, verbose=False)
+            self.cut += sum(len(ids) > self.max_length for ids in whole.input_ids)
+            tokens = self.tokenizer(
+                captions, return_tensors="pt", padding="longest", truncation=True, max_length=self.max_length
+            )
+            tokens = tokens.to(self.device)
+            out = self.model(tokens.input_ids, attention_mask=tokens.attention_mask)
+        return out.last_hidden_state, tokens.attention_mask
+
+
+def pad_features(features):
+    """List of (s_i, width) caption features -> features (b, s, width) and mask (b, s), as `TextEncoder`'s."""
+    masks = [torch.ones(len(one), dtype=torch.long) for one in features]
+    padded = nn.utils.rnn.pad_sequence(features, batch_first=True)
+    return padded, nn.utils.rnn.pad_sequence(masks, batch_first=True)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 8. Loading
+# ---------------------------------------------------------------------------------------------------
+
+
+def load_part(load, path_or_repo, subfolder, **kwargs):
+    """load(place, **kwargs) on a pipeline's `subfolder` or, where there is none, on what is named itself.
+
+    load: a library's function, such as AutoTokenizer.from_pretrained.
+    """
+    if os.path.isfile(path_or_repo):
+        raise ValueError(f"{path_or_repo} is a file; give the folder that holds the {subfolder}")
+    if os.path.isdir(path_or_repo):
+        inside = os.path.join(path_or_repo, subfolder)
+        return load(inside if os.path.isdir(inside) else path_or_repo, **kwargs)
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path_or_repo):
+        hint = "a repository of the Hugging Face hub is given as owner/name"
+        raise FileNotFoundError(f"there is no folder {path_or_repo} to load a {subfolder} from; {hint}")
+    # transformers says by ValueError that a repository has no tokenizer there, diffusers by OSError.
+    try:
+        return load(path_or_repo, subfolder=subfolder, **kwargs)
+    except (OSError, ValueError) as error:
+        try:
+            return load(path_or_repo, **kwargs)
+        except (OSError, ValueError):
+            reason = error.__cause__ or error.__context__ or error  # no network, which the error itself hides
+            what = f"there is no folder {path_or_repo}, and no {subfolder} in a repository of that name"
+            raise OSError(f"{what} could be loaded: {reason}") from error
+
+
+def load_model(cls, path_or_repo, subfolder, **kwargs):
+    """Like `load_part`, but raise ValueError if the checkpoint lacks weights (the libraries only warn)."""
+    try:
+        load = functools.partial(cls.from_pretrained, output_loading_info=True)
+        model, info = load_part(load, path_or_repo, subfolder, **kwargs)
+    except OSError as error:
+        folders = [glob.escape(path_or_repo), glob.escape(os.path.join(path_or_repo, subfolder))]
+        if any(glob.glob(f"{folder}/*.fp16.*") for folder in folders):
+            advice = "take '.fp16' out of their names, or save the model without a variant"
+            raise ValueError(f"{path_or_repo} holds its weights' fp16 variant alone: {advice}") from error
+        raise
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"{path_or_repo} lacks {len(missing)} weights of {cls.__name__}: {missing[0]}")
+    return model
 
 
 def load_config(path_or_repo):
-    """What is in a backbone's config.json, or in that of a pipeline's transformer."""
-    reader = types.SimpleNamespace(from_pretrained=T2MD.load_config)
-    return load_part(reader, path_or_repo, "transformer")
+    """The entries of a backbone's config.json, or of that of a pipeline's transformer."""
+    return load_part(T2MD.load_config, path_or_repo, "transformer")
 
 
 def load_backbone(path_or_repo, **overrides):
@@ -809,85 +1092,183 @@ def load_backbone(path_or_repo, **overrides):
     overrides: any argument of T2MD that changes no weight, e.g. pos_embed="centered".
     """
     name = load_config(path_or_repo).get("_class_name")
-    if name not in ("T2MD", "DiM"):
-        return from_pixart(path_or_repo, **overrides)
-    return load_model(globals()[name], path_or_repo, "transformer", torch_dtype=torch.float32, **overrides)
+    if name == "T2MD":
+        return load_model(T2MD, path_or_repo, "transformer", torch_dtype=torch.float32, **overrides)
+    if name == "DiM":
+        return load_model(DiM, path_or_repo, "transformer", torch_dtype=torch.float32, **overrides)
+    return from_pixart(path_or_repo, **overrides)
 
 
-def student_of(teacher, pattern, llama=False, **overrides):
-    """A student: what is no mixer, and every mixer whose letter stays, is the teacher's bit for bit; the
-    others, and DiM's additions, are fresh. It predicts noise only, by that half of the output layer.
+def from_pixart(path_or_repo, **overrides):
+    """The teacher as a T2MD, from a diffusers PixArt transformer, or from a pipeline that has one.
 
-    teacher: a T2MD.  overrides: any argument of T2MD, or of DiM.
-    llama: Mamba too starts from the attention, see `copy_attention`.
+    The learned null caption in PixArt-alpha's own files (y_embedding) is left out, as in diffusers.
     """
-    arguments = teacher.arguments()
-    if len(pattern) != (blocks := len(teacher.blocks)):
-        raise ValueError(f"{pattern} has {len(pattern)} letters, but the teacher has {blocks} blocks")
-    if llama:
-        head = teacher.config.width // teacher.config.heads
-        overrides |= dict(expand=1, d_state=head, head_dim=head, n_groups=teacher.config.heads)
-    arguments |= dict(pattern=pattern, out_channels=arguments["in_channels"]) | overrides
-    student = (DiM if arguments.keys() & {"padding_tokens", "local_enhancement"} else T2MD)(**arguments)
-    changed = [n for n, letter in enumerate(pattern) if letter != teacher.config.pattern[n]]
-    fresh = tuple(f"blocks.{n}.mixer." for n in changed)
-    copied = {name: w for name, w in teacher.state_dict().items() if not name.startswith(fresh)}
-    for name in ("proj_out.weight", "proj_out.bias"):  # rows are (p, p, channel), first the noise's
-        rows = copied[name].unflatten(0, (-1, teacher.config.out_channels))
-        copied[name] = rows[:, : student.config.out_channels].flatten(0, 1)
-    student.load_state_dict(student.state_dict() | copied)
-    for n in changed if llama else ():
-        copy_attention(student.blocks[n].mixer, teacher.blocks[n].mixer)
-    return student
+    check_scheduler(path_or_repo)
+    pixart = load_model(PixArtTransformer2DModel, path_or_repo, "transformer", torch_dtype=torch.float32)
+    config = pixart.config
+    arguments = dict(
+        pattern="S" * config.num_layers,
+        width=config.num_attention_heads * config.attention_head_dim,
+        heads=config.num_attention_heads,
+        patch_size=config.patch_size,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels or config.in_channels,
+        caption_width=config.caption_channels,
+        pos_embed="pixart",
+        sample_size=config.sample_size,
+        interpolation_scale=config.interpolation_scale,
+        use_additional_conditions=config.use_additional_conditions,
+    )
+    arguments.update(overrides)
+    teacher = T2MD(**arguments)
+    teacher.load_state_dict(rename_pixart(pixart.state_dict()))
+    return teacher
 
 
-@torch.no_grad()
-def copy_attention(mixer, attention):
-    """Mamba-in-the-Llama's initialisation of a MambaMixer: C <- W_q, B <- W_k, x <- W_v, out_proj <- W_o.
+def check_scheduler(path_or_repo):
+    """Raise ValueError if a pipeline's scheduler says that its model predicts or was taught otherwise."""
+    try:
+        stored = load_part(DPMSolverMultistepScheduler.load_config, path_or_repo, "scheduler")
+    except OSError:
+        return  # a transformer without a pipeline says nothing of it
+    known = dict(SCHEDULE, beta_schedule="linear", prediction_type="epsilon", rescale_betas_zero_snr=False)
+    for name, value in known.items():
+        if stored.get(name, value) != value:
+            reason = f"its scheduler says {name} = {stored[name]}, and this method knows {value} only"
+            raise ValueError(f"{path_or_repo} cannot be a teacher: {reason}")
 
-    The mixer has the attention's geometry (expand 1, groups = heads, state = head width); the rest keeps its
-    own initialisation, but `fuse` starts as the mean of both directions plus W_o's bias. The biases of W_q,
-    W_k and W_v are dropped: in_proj has none.
+
+def load_denoiser(path_or_repo, device="cpu", dtype=torch.float32, **overrides):
+    """A T2MD checkpoint, or PixArt transformer, with `overrides` of its config -> frozen, folded T2MD."""
+    return freeze(load_backbone(path_or_repo, **overrides), device, dtype)
+
+
+def freeze(model, device, dtype):
+    """Make a T2MD ready for sampling on `device` in `dtype`."""
+    for block in model.blocks:
+        if isinstance(block.mixer, MambaMixer):
+            block.mixer.fold()
+    model.eval().requires_grad_(False)
+    # Not diffusers' own `to`, which warns of the float32 parameters that Mamba2 takes care of.
+    return nn.Module.to(model, device, dtype)
+
+
+def component_path(checkpoint, reference):
+    """Where a checkpoint's VAE or text encoder is: a folder relative to it, or a repository.
+
+    A plain PixArt pipeline names none (None): its parts are in the pipeline itself.
     """
-    m, a = mixer.mamba, attention
-    z, _, dt = m.in_proj.weight.split(m.split_sizes)
-    m.in_proj.weight.copy_(torch.cat([z, a.to_v.weight, a.to_k.weight, a.to_q.weight, dt]))
-    m.out_proj.weight.copy_(a.to_out[0].weight)
-    if isinstance(mixer.fuse, nn.Linear):
-        nn.init.eye_(mixer.fuse.weight).mul_(0.5)
-        mixer.fuse.bias.copy_(a.to_out[0].bias)
+    if reference is None:
+        return checkpoint
+    beside = os.path.normpath(os.path.join(checkpoint, reference))
+    if os.path.isdir(beside):
+        return beside
+    if reference.startswith("."):
+        named = f"{checkpoint} names its VAE and text encoder relative to itself, and there is no {beside}"
+        raise FileNotFoundError(f"{named}: copy it along, give --vae and --text-encoder, or use --export")
+    return reference
+
+
+def load_parts(model, folder, device="cpu", dtype=torch.float32):
+    """The frozen (VAE, TextEncoder) that the config of the checkpoint in `folder` names.
+
+    The text encoder is in `dtype`; the VAE in float32, as SDXL's overflows in less.
+    """
+    vae = VAE(component_path(folder, model.config.vae), device)
+    text_encoder = TextEncoder(component_path(folder, model.config.text_encoder), device=device, dtype=dtype)
+    check_widths(model, vae, text_encoder)
+    return vae, text_encoder
+
+
+def check_widths(model, vae, text_encoder):
+    """Raise ValueError if a model does not fit its VAE's latents, or its text encoder's features."""
+    if vae.channels != model.config.in_channels:
+        expected = f"the model's in_channels are {model.config.in_channels}"
+        raise ValueError(f"the VAE {vae.source} has {vae.channels} latent channels, but {expected}")
+    if text_encoder.width != model.config.caption_width:
+        width = f"width {text_encoder.width}, but the model's caption_width is {model.config.caption_width}"
+        raise ValueError(f"the text encoder {text_encoder.source} has {width}")
 
 
 # ---------------------------------------------------------------------------------------------------
-# 8. DiM's additions, off in T2MD
+# 9. Optional kernels
+# ---------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=None)
+def optional_kernel(module, name):
+    """Function `name` of an optional `module`; None if it is not installed, or (said) cannot be imported."""
+    if importlib.util.find_spec(module.split(".")[0]) is None:
+        return None
+    compiled = "selective_scan_cuda"  # Mamba-1's: mamba_ssm imports it, a build may lack it, nobody calls it
+    try:
+        if compiled not in sys.modules and importlib.util.find_spec(compiled) is None:
+            sys.modules[compiled] = types.ModuleType(compiled)
+        return torch.compiler.disable(getattr(importlib.import_module(module), name))
+    except Exception as error:  # built against another torch or Triton, a package raises anything
+        print(f"{module} is installed but cannot be imported, going on without: {error!r}", file=sys.stderr)
+        return None
+
+
+def scan_kernel(device, dtype):
+    """mamba-ssm's scan where it can run, or None."""
+    if torch.device(device).type != "cuda" or dtype == torch.float64:
+        return None
+    return optional_kernel("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
+
+
+def attention_kernel(device, dtype):
+    """flash-attn's attention where it can run, or None."""
+    if torch.device(device).type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return None
+    return optional_kernel("flash_attn", "flash_attn_func")
+
+
+def kernels_in_use(device, dtype, float32_attention=False):
+    """One line that says what computes scan and self-attention."""
+    scan = "mamba-ssm" if scan_kernel(device, dtype) else "plain PyTorch"
+    attention_dtype = torch.float32 if float32_attention else dtype
+    attention = "flash-attn" if attention_kernel(device, attention_dtype) else "PyTorch SDPA"
+    if attention_dtype != dtype:
+        attention += " in float32"
+    return f"{device} in {str(dtype).removeprefix('torch.')}: scan by {scan}, self-attention by {attention}"
+
+
+# ---------------------------------------------------------------------------------------------------
+# 10. DiM's additions, off in T2MD
 # ---------------------------------------------------------------------------------------------------
 
 
 class PaddingTokens(nn.Module):
-    """DiM's padding: 3 learned tokens end each row and each column, so that a convolution of 4 does not
-    reach from one line into the next. The grid (H, W) becomes (H + 3, W + 3): rows end in p0, p1, p2;
-    row H + k is p_k up to there."""
+    """DiM's padding: 3 learned tokens end each row and each column of the grid.
+
+    So a convolution of 4 does not reach from one line into the next. The grid (rows, columns) becomes
+    (rows + 3, columns + 3): every row ends in p0, p1, p2; row `rows + k` is p_k up to there.
+    """
 
     def __init__(self, width):
         super().__init__()
         self.tokens = nn.Parameter(0.02 * torch.randn(3, width))
 
     def forward(self, h, grid):
-        """(B, H * W, d) -> (B, (H+3) * (W+3), d) and the new grid."""
-        (H, W), (B, _, d) = grid, h.shape
-        below = self.tokens[:, None].expand(B, 3, W, d)
-        beside = self.tokens.expand(B, H + 3, 3, d)
-        h = torch.cat([torch.cat([h.unflatten(1, grid), below], dim=1), beside], dim=2)
-        return h.flatten(1, 2), (H + 3, W + 3)
+        """(b, rows * columns, d) -> (b, (rows+3) * (columns+3), d) and the new grid."""
+        rows, columns = grid
+        batch, _, width = h.shape
+        below = self.tokens[:, None].expand(batch, 3, columns, width)
+        beside = self.tokens.expand(batch, rows + 3, 3, width)
+        h = torch.cat([h.unflatten(1, grid), below], dim=1)
+        h = torch.cat([h, beside], dim=2)
+        return h.flatten(1, 2), (rows + 3, columns + 3)
 
     @staticmethod
     def remove(h, grid):
-        """(B, (H+3) * (W+3), d) and the padded grid -> (B, H * W, d)."""
+        """(b, (rows+3) * (columns+3), d) and the padded grid -> (b, rows * columns, d)."""
         return h.unflatten(1, grid)[:, :-3, :-3].flatten(1, 2)
 
 
 class LocalEnhancement(nn.Module):
-    """DiM's depthwise 3x3 convolution over the grid, (B, H * W, d) -> the same; an identity at first."""
+    """DiM's depthwise 3x3 convolution over the grid, (b, rows * columns, d) -> same; an identity at first."""
 
     def __init__(self, width):
         super().__init__()
@@ -914,22 +1295,34 @@ class DiM(T2MD):
     def _get_init_keys(cls):  # diffusers takes these from a config
         return ConfigMixin._get_init_keys(T2MD) | {"padding_tokens", "local_enhancement"}
 
-    def tokens(self, hidden_states):
-        h, grid = super().tokens(hidden_states)
-        h = self.enhance_first(h, grid) if self.enhance_first else h
-        return self.padding(h, grid) if self.padding else (h, grid)
+    def patchify(self, hidden_states):
+        h, grid = super().patchify(hidden_states)
+        if self.enhance_first is not None:
+            h = self.enhance_first(h, grid)
+        if self.padding is not None:
+            h, grid = self.padding(h, grid)
+        return h, grid
 
-    def latents(self, h, embedded, grid):
-        if self.padding:
-            h, grid = self.padding.remove(h, grid), (grid[0] - 3, grid[1] - 3)
-        h = self.enhance_last(h, grid) if self.enhance_last else h
-        return super().latents(h, embedded, grid)
+    def unpatchify(self, h, embedding, grid):
+        if self.padding is not None:
+            h = self.padding.remove(h, grid)
+            grid = (grid[0] - 3, grid[1] - 3)
+        if self.enhance_last is not None:
+            h = self.enhance_last(h, grid)
+        return super().unpatchify(h, embedding, grid)
 
     def forward(self, hidden_states, *args, return_mixers=False, **kwargs):
         """T2MD's; the mixers' inputs and outputs are those of the image's tokens, without padding."""
         result = super().forward(hidden_states, *args, return_mixers=return_mixers, **kwargs)
-        if not return_mixers or not self.padding:
+        if self.padding is None or not return_mixers:
             return result
         sample, mixers = result
-        grid = [side // self.config.patch_size + 3 for side in hidden_states.shape[2:]]
-        return sample, [tuple(self.padding.remove(h, grid) for h in pair) for pair in mixers]
+        rows = hidden_states.shape[2] // self.config.patch_size
+        columns = hidden_states.shape[3] // self.config.patch_size
+        padded = (rows + 3, columns + 3)
+        unpadded = []
+        for mixer_input, mixer_output in mixers:
+            mixer_input = self.padding.remove(mixer_input, padded)
+            mixer_output = self.padding.remove(mixer_output, padded)
+            unpadded.append((mixer_input, mixer_output))
+        return sample, unpadded

@@ -5,22 +5,26 @@
     python train.py --stage all                     # the whole chain from no weights at all
 
     stage     starts from   trains                    loss           size (x base)
-    teacher   nothing       VAE, T5, then the DiT     equation 8     1
+    parts     nothing       two VAEs, two T5s         their own      of the shapes world alone
+    teacher   nothing       the DiT                   equation 8     1
     forcing   teacher       Mamba layers              equation 6     1
     kd        forcing       all token mixers          equation 11    1
     adapt     kd            everything                equation 8     1      (new embedding, schedule, VAE, T5)
-    hires1    adapt         everything                equation 8     2 (80% of the images), 1; shapes: half
-    hires2    hires1        everything                equation 8     4; shapes: 4, 2, 1
+    hires1    adapt         everything                equation 8     2 (80% of the images), 1 (20%)
+    hires2    hires1        everything                equation 8     4
 
+A stage starts from what OUT has; what OUT lacks is taken from what is shipped, or else trained first.
 Each stage writes OUT/STAGE: config.json and safetensors (EMA weights, what sample.py and diffusers load),
 made_with.json (all that its result depends on; a folder begun with other things is refused),
-training_state.pt (what a restart needs), log.jsonl (a line a step) and pictures, the teacher's above.
+training_state.pt (what a restart needs), log.jsonl (one line per step) and pictures, the teacher's above.
 
-Sections: 1 configurations - 2 stages - 3 what a stage needs - 4 the loop, its parts, the command line.
+Sections: 1 settings - 2 stages - 3 the plan - 4 what a stage needs - 5 the loss - 6 the loop -
+7 checkpoints - 8 optimisers - 9 the command line.
 """
 
 import argparse
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -28,11 +32,11 @@ import pathlib
 import shutil
 import signal
 import sys
+import textwrap
 import time
-import types
 import zipfile
 import zlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -43,504 +47,986 @@ import sample
 import t2md
 from data import files, parts, shapes
 from data.files import RANK, WORLD
-from data.images import ImageData
-from data.index import canonical, progress
-from t2md import T2MD, VAE, Attention, MambaMixer, TextEncoder
+from data.images import ImageData, ahead
+from data.index import progress
+from t2md import T2MD, VAE, MambaMixer, TextEncoder
+
+ASSETS = os.path.join(sample.HERE, "assets")
 
 # ---------------------------------------------------------------------------------------------------
-# 1. Configurations: what all stages of one share
+# 1. Settings: one table for each configuration, an entry for each of its stages
 # ---------------------------------------------------------------------------------------------------
 
-CONFIGS = {
-    "shapes": dict(
-        out="runs/shapes",
-        teacher=os.path.join(sample.HERE, "assets", "teacher"),
-        pattern="SHWHWHW",
-        checkpointing=False,
-        float32_attention=False,
-        adapt={},  # a second VAE and text encoder of its own, as shipped or from data/parts.py
-        model=dict(  # of a teacher that starts from nothing
-            **dict(width=128, heads=4, caption_width=64, d_state=32, chunk_size=32),
-            sample_size=16,  # 128 px
-            renoise=600,
-            guidance=3.0,  # measured: claims/README.md
-            guidance_interval=400,
-        ),
+
+@dataclass(frozen=True)
+class Settings:
+    """What a stage is trained with. The defaults are PixArt-alpha's own, as the paper names no optimiser."""
+
+    steps: int
+    batch_size: int = 256  # images of base size per step, over all processes; larger ones fewer by their area
+    sizes: dict = field(default_factory=lambda: {1: 1.0})  # {multiple of the base size: share of the images}
+    lr: float = 2e-5  # at its peak
+    new_lr: float | None = None  # of the modules that a stage calls `faster`; None: lr
+    warmup: int = 1000  # steps
+    decay: float = 0.0  # share of the steps, the last ones, over which the rate falls to zero
+    betas: tuple = (0.9, 0.999)  # of AdamW
+    eps: float = 1e-10  # of AdamW
+    weight_decay: float = 0.03
+    muon: bool = False  # Muon for the matrices of the blocks
+    clip: float = 0.01  # gradient norm
+    ema: float = 0.9999  # in every stage, as the paper
+    timesteps: tuple | None = (
+        None  # uniform; else mean and deviation of a normal distribution, cut to [0, 1000)
+    )
+    snr_weight: float = 0.0  # not the paper's: see `noise_weight`
+    float32_attention: bool = True  # as PixArt trains; only with --dtype bfloat16 does it change anything
+    ratios: tuple | None = (
+        None  # height / width of the pictures, by the names of diffusers' buckets; None: all
+    )
+    enlarge: float = 2.0  # a smaller picture than would have to be enlarged so much is skipped
+    sampler: dict = field(default_factory=dict)  # entries of the model's config that its sampler reads
+    examples: int = 4  # pictures drawn with a checkpoint
+    example_size: int | None = 512  # pixels; None: the largest size that the stage trains at
+    save_every: int = 1000  # steps between checkpoints with pictures
+    save_minutes: float = 10  # and between others
+    pictures: int = 20_000  # of the shapes world, of the largest size; of half that size twice as many
+
+
+SQUARE = ("1.0",)
+SHAPES_RATIOS = ("1.0", "0.78", "1.29", "0.57", "1.75")  # squares, 4:3 and 16:9, both ways
+
+
+@dataclass(frozen=True)
+class ShapesSettings(Settings):
+    """What is otherwise in the shapes world, whose model is a thousand times smaller."""
+
+    batch_size: int = 32
+    lr: float = 1e-3
+    warmup: int = 50
+    decay: float = 0.4  # much of the score is gained while the rate falls
+    betas: tuple = (0.9, 0.99)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    muon: bool = True  # learns faster at this size
+    clip: float = 1.0
+    float32_attention: bool = False
+    ratios: tuple | None = SQUARE
+    examples: int = 12
+    example_size: int | None = None
+    save_every: int = 500
+    save_minutes: float = 2
+
+
+T2MD_SETTINGS = {
+    "forcing": Settings(
+        steps=20_000,
+        lr=1e-4,  # fresh layers: a higher rate, a looser clip
+        clip=1.0,
+        ratios=SQUARE,  # the 512 px teacher is asked about the shape that it is best at
     ),
-    "t2md": dict(  # the paper's
-        out="runs/t2md",
-        teacher="PixArt-alpha/PixArt-XL-2-512x512",
-        pattern="SHWHWHW" * 4,
-        checkpointing=True,
-        float32_attention=True,  # as PixArt trains
-        adapt=dict(vae="stabilityai/sdxl-vae", text_encoder="google/flan-t5-xxl"),
+    "kd": Settings(
+        steps=180_000,
+        new_lr=1e-4,  # of the Mamba layers
+        clip=0.1,
+        ratios=SQUARE,
+    ),
+    "adapt": Settings(steps=100_000),
+    "hires1": Settings(
+        steps=40_000,
+        sizes={2: 0.8, 1: 0.2},  # "the ratio for 1024 data is 80%"
+        enlarge=1.25,  # no blur is learned
+    ),
+    "hires2": Settings(
+        steps=20_000,
+        sizes={4: 1.0},
+        enlarge=1.25,
+        float32_attention=False,  # at 16,384 tokens it would cost more than all the rest
     ),
 }
 
-# What a stage is trained with where neither its entry in STAGES nor a flag says otherwise.
-PIXART = dict(  # the paper's optimiser is not given, so PixArt-alpha's own is used
-    batch_size=256,  # images of base size a step, over all processes; larger ones fewer by their area
-    lr=2e-5,  # at its peak
-    new_lr=None,  # of the modules that a stage calls `faster`; None: lr
-    warmup=1000,  # steps
-    decay=0.0,  # share of the steps, the last ones, over which the rate falls to zero
-    adamw=dict(betas=(0.9, 0.999), eps=1e-10),
-    weight_decay=0.03,
-    muon=False,  # Muon for the matrices of the blocks
-    clip=0.01,  # gradient norm
-    ema=0.9999,
-    timesteps=None,  # uniform; else mean and deviation of a normal distribution, cut to [0, 1000)
-    snr_weight=0.0,  # not the paper's: see `noise_weight`
-    sizes={1: 1.0},  # {multiple of the base size: share of the images}
-    sampler={},  # entries of the model's config that its sampler reads
-    examples=4,  # pictures drawn with a checkpoint
-    example_size=512,  # pixels; None: the largest size that the stage trains at
-    save_every=1000,  # steps between checkpoints with pictures
-    save_minutes=10,  # and between others
-)
-SMALL = dict(
-    batch_size=32,
-    lr=1e-3,
-    warmup=50,
-    decay=0.4,  # much of the score is gained while the rate falls
-    adamw=dict(betas=(0.9, 0.99), eps=1e-8),
-    weight_decay=0.0,
-    muon=True,  # learns faster at this size
-    clip=1.0,
-    pictures=20_000,  # of the shapes world, of a stage's largest size; of half that size twice as many
-    ratios=("1.0",),  # height / width of the pictures, by the names of diffusers' buckets
-    examples=12,
-    example_size=None,
-    save_every=500,
-    save_minutes=2,
-)
-RATIOS = ("1.0", "0.78", "1.29", "0.57", "1.75")  # 4:3 and 16:9, both ways
-SETTINGS = {"t2md": PIXART, "shapes": PIXART | SMALL}
+SHAPES_SETTINGS = {
+    "teacher": ShapesSettings(
+        steps=7500,
+        batch_size=64,
+        lr=4e-3,
+        decay=0.6,
+        snr_weight=1.0,
+        timesteps=(580, 230),  # where layout and binding are decided
+    ),
+    "forcing": ShapesSettings(steps=300, batch_size=16, lr=2e-2, warmup=10, pictures=2_500),
+    "kd": ShapesSettings(steps=1100, batch_size=16, lr=8e-3, decay=0.7, pictures=2_500),
+    "adapt": ShapesSettings(
+        steps=10_000,
+        lr=2e-3,
+        new_lr=4e-3,  # of the layers that meet another VAE and T5
+        warmup=400,  # what the blocks know survives until these layers have learned
+        snr_weight=0.5,
+        timesteps=(640, 240),  # the quadratic schedule moves layout to later timesteps
+        ratios=SHAPES_RATIOS,
+    ),
+    "hires1": ShapesSettings(
+        steps=1200,
+        sizes={2: 0.2, 1: 0.8},  # half of the steps each: 128 px is not forgotten
+        timesteps=(640, 260),
+        ratios=SHAPES_RATIOS,
+        pictures=5_000,
+        sampler=dict(start_size=16, renoise=60),  # measured: claims/log.md
+    ),
+    "hires2": ShapesSettings(
+        steps=4000,
+        batch_size=64,
+        sizes={4: 0.07, 2: 0.18, 1: 0.75},  # of the steps .43, .28 and .29
+        snr_weight=0.5,
+        ratios=SHAPES_RATIOS,
+        pictures=2_500,
+    ),
+}
+
+QUICK = dict(steps=200, pictures=1_000)  # --quick, of forcing and kd: worse pictures, soon
+
+
+@dataclass(frozen=True)
+class Config:
+    """What all stages of a configuration share."""
+
+    settings: dict  # {stage: Settings}
+    out: str
+    pattern: str  # the student's mixers
+    student: dict  # the shape of the student's Mamba layers: arguments of T2MD
+    teacher: dict  # a teacher that starts from nothing: arguments of T2MD
+    checkpointing: bool  # compute activations again in the backward pass
+    shipped: dict  # {stage or part: what is taken where OUT has none}
+    second: dict  # adapt's VAE and text encoder, where the stage `parts` does not make them
+
+
+CONFIGS = {
+    "shapes": Config(
+        settings=SHAPES_SETTINGS,
+        out="runs/shapes",
+        pattern="SHWHWHW",
+        student=dict(d_state=32, head_dim=64, chunk_size=32),
+        teacher=dict(
+            width=128,
+            heads=4,
+            sample_size=16,  # 128 px
+            renoise=600,
+            guidance=3.0,  # measured: claims/log.md
+            guidance_interval=400,
+        ),
+        checkpointing=False,
+        shipped=dict(
+            parts=ASSETS,
+            vae=os.path.join(ASSETS, "vae"),
+            text_encoder=os.path.join(ASSETS, "text_encoder"),
+            vae_adapt=os.path.join(ASSETS, "vae_adapt"),
+            text_encoder_adapt=os.path.join(ASSETS, "text_encoder_adapt"),
+            teacher=os.path.join(ASSETS, "teacher"),
+            kd=os.path.join(ASSETS, "student_kd"),
+        ),
+        second={},
+    ),
+    "t2md": Config(  # the paper's
+        settings=T2MD_SETTINGS,
+        out="runs/t2md",
+        pattern="SHWHWHW" * 4,
+        student=dict(d_state=256, head_dim=64, chunk_size=256),
+        teacher={},
+        checkpointing=True,
+        shipped=dict(teacher="PixArt-alpha/PixArt-XL-2-512x512"),
+        second=dict(vae="stabilityai/sdxl-vae", text_encoder="google/flan-t5-xxl"),
+    ),
+}
 
 # ---------------------------------------------------------------------------------------------------
 # 2. Stages: one record each; adding or changing one is an edit here
 # ---------------------------------------------------------------------------------------------------
 
 
-def modules(model, which):
-    """The modules of a model that a stage trains, or that learn faster; the rest is frozen, or slower."""
-    mixers = [block.mixer for block in model.blocks]
-    dim = [m for m in model.children() if isinstance(m, (t2md.PaddingTokens, t2md.LocalEnhancement))]
-    return dict(
-        nothing=[],
-        everything=[model],
-        mamba=[mixer for mixer in mixers if isinstance(mixer, MambaMixer)],
-        mixers=mixers + dim,  # self-attention and Mamba, and what else the teacher does not have
-        ends=[model.patch_embed, model.caption_projection, model.proj_out],  # they meet another VAE and T5
-    )[which]
-
-
 @dataclass(frozen=True)
 class Stage:
-    after: str | None  # the stage whose model it starts from
-    trains: str  # see `modules`
+    after: str  # the stage whose model it starts from
+    trains: str  # see `modules`; the rest is frozen
     loss: str  # "noise" is equation 8, "forcing" equation 6, "kd" equation 11
-    shapes: dict  # its settings in each configuration, beside SETTINGS; {} where it is not trained
-    t2md: dict
     faster: str = "nothing"  # what learns at new_lr
     changes: dict = field(default_factory=dict)  # entries of its predecessor's config that it replaces
     swaps: bool = False  # does it bring another VAE and text encoder
 
 
-# fmt: off
 STAGES = {
-    "teacher": Stage(
-        after=None, trains="everything", loss="noise", t2md={},
-        shapes=dict(steps=7500, batch_size=64, lr=4e-3, decay=0.6, snr_weight=1.0,
-                    timesteps=(580, 230))),  # where layout and binding are decided
-    "forcing": Stage(
-        after="teacher", trains="mamba", loss="forcing",
-        shapes=dict(steps=300, batch_size=16, lr=2e-2, warmup=10, pictures=2_500),
-        t2md=dict(steps=20_000, lr=1e-4, clip=1.0)),  # fresh layers: a higher rate, a looser clip
-    "kd": Stage(
-        after="forcing", trains="mixers", faster="mamba", loss="kd",
-        shapes=dict(steps=1100, batch_size=16, lr=8e-3, decay=0.7, pictures=2_500),
-        t2md=dict(steps=180_000, new_lr=1e-4, clip=0.1)),
+    "teacher": Stage(after="parts", trains="everything", loss="noise"),
+    "forcing": Stage(after="teacher", trains="mamba", loss="forcing"),
+    "kd": Stage(after="forcing", trains="mixers", loss="kd", faster="mamba"),
     "adapt": Stage(
-        after="kd", trains="everything", faster="ends", loss="noise", swaps=True,
+        after="kd",
+        trains="everything",
+        loss="noise",
+        faster="ends",
         changes=dict(pos_embed="centered", beta_schedule="scaled_linear"),
-        shapes=dict(steps=10_000, lr=2e-3, new_lr=4e-3, snr_weight=0.5, ratios=RATIOS,
-                    warmup=400,  # what the blocks know survives until the new ends have learned
-                    timesteps=(640, 240)),  # the quadratic schedule moves layout to later timesteps
-        t2md=dict(steps=100_000)),
-    "hires1": Stage(
-        after="adapt", trains="everything", loss="noise",
-        shapes=dict(steps=1200, sizes={2: 0.2, 1: 0.8},  # half of the steps each: 128 px is not forgotten
-                    timesteps=(640, 260), pictures=5_000, ratios=RATIOS,
-                    sampler=dict(start_size=16, renoise=60)),  # measured: claims/README.md
-        t2md=dict(steps=40_000, sizes={2: 0.8, 1: 0.2})),  # "the ratio for 1024 data is 80%"
-    "hires2": Stage(
-        after="hires1", trains="everything", loss="noise",
-        shapes=dict(steps=4000, batch_size=64, snr_weight=0.5, pictures=2_500, ratios=RATIOS,
-                    sizes={4: 0.07, 2: 0.18, 1: 0.75}),  # of the steps .43, .28 and .29
-        t2md=dict(steps=20_000, sizes={4: 1.0})),
+        swaps=True,
+    ),
+    "hires1": Stage(after="adapt", trains="everything", loss="noise"),
+    "hires2": Stage(after="hires1", trains="everything", loss="noise"),
 }
-# fmt: on
-CHAIN = tuple(STAGES)
-STUDENT = ("pattern", "padding_tokens", "local_enhancement")  # flags by which it differs from its teacher
-QUICK = dict.fromkeys(("forcing", "kd"), dict(steps=200, pictures=1_000))  # --quick: worse pictures, soon
+PARTS = ("vae", "text_encoder", "vae_adapt", "text_encoder_adapt")  # what the stage `parts` trains
+CHAIN = ("parts", *STAGES)
 
 
-def settings(name, args):
-    """A stage's settings; the command line's are for the stage it names, or for all."""
-    chosen = SETTINGS[args.config] | getattr(STAGES[name], args.config)
-    chosen |= QUICK.get(name, {}) if args.quick else {}
-    if args.stage in (name, "all"):
-        flags = ("steps", "batch_size", "lr", "timesteps", "snr_weight", "examples", "example_size")
-        chosen |= {key: getattr(args, key) for key in flags if getattr(args, key) is not None}
-        chosen |= dict(new_lr=None) if args.lr is not None else {}
-    saving = ("save_every", "save_minutes")
-    return chosen | {key: getattr(args, key) for key in saving if getattr(args, key) is not None}
+def modules(model, which):
+    """The modules of a model that a stage trains, or that learn faster."""
+    if which == "nothing":
+        return []
+    if which == "everything":
+        return [model]
+    if which == "mamba":
+        return [block.mixer for block in model.blocks if isinstance(block.mixer, MambaMixer)]
+    if which == "mixers":  # self-attention and Mamba, and what else the teacher does not have
+        of_dim = [m for m in model.children() if isinstance(m, (t2md.PaddingTokens, t2md.LocalEnhancement))]
+        return [block.mixer for block in model.blocks] + of_dim
+    if which == "ends":  # they meet another VAE and T5
+        return [model.patch_embed, model.caption_projection, model.proj_out]
+    raise ValueError(f"no modules are called {which}")
+
+
+def freeze_all_but(model, which):
+    """Train the modules that are called `which`, and nothing else of a model."""
+    model.requires_grad_(False)
+    for module in modules(model, which):
+        module.requires_grad_(True)
 
 
 def noise_schedule(model):
     """diffusers' forward process (equation 1) on the 1000-step schedule that a model's config names."""
-    return DDPMScheduler(1000, beta_start=1e-4, beta_end=2e-2, beta_schedule=model.config.beta_schedule)
-
-
-def noise_weight(schedule, t, amplitude):
-    """What the error of each image in equation 8 is weighed by, (B, 1, 1, 1): 1 / sqrt(SNR), cut to [1, 8].
-    Not the paper's: without it the small teacher learns last what is where and which colour is whose.
-    amplitude: how much a picture's features stand out from the noise, beside latents of deviation 1 at base
-    size: a shape of m times the size m times as well. 0: every image weighs 1."""
-    alpha_bar = schedule.alphas_cumprod.to(t.device)[t]
-    snr = amplitude**2 * alpha_bar / (1 - alpha_bar)
-    return (snr.rsqrt().clamp(1.0, 8.0) if amplitude else torch.ones_like(snr))[:, None, None, None]
+    return DDPMScheduler(**t2md.SCHEDULE, beta_schedule=model.config.beta_schedule)
 
 
 # ---------------------------------------------------------------------------------------------------
-# 3. What a stage needs
+# 3. The plan: which stages run, and all that each needs, decided before anything is loaded
 # ---------------------------------------------------------------------------------------------------
 
 
-def finished(folder):
-    """Is there a model in it that is not half trained?"""
-    state = read_state(folder, mmap=True) or dict(step=0, steps=0)
-    return os.path.exists(os.path.join(folder, "config.json")) and state["step"] >= state["steps"]
+@dataclass(frozen=True)
+class Job:
+    """All that one stage needs. Nothing below `plan` sees the command line."""
+
+    name: str
+    stage: Stage
+    settings: Settings
+    config: Config
+    folder: str  # where it writes
+    start: str | None  # the model that it starts from: folder or repository; None: from nothing
+    teacher: str | None  # the model that its loss asks
+    vae: str
+    text_encoder: str
+    pattern: str  # the student's mixers
+    dim: dict  # which of DiM's additions it has: arguments of DiM
+    init: str  # how kd begins: "scratch", "teacher", "forcing" or "llama"
+    pos_embed: str  # adapt's
+    soft_weight: float  # of kd
+    mixer_weight: float  # of kd
+    growth: int  # how many times the side that its predecessor was trained at
+    data: str
+    cache: str | None
+    seed: int
+    device: str
+    dtype: str
+    micro_batch: int | None
+    example_prompts: str | None
+    made_with: dict  # what its result depends on, beside models and data
 
 
-def find_teacher(args):
-    """--teacher; else the one in OUT, which --stage all trains; else the configuration's."""
-    here = os.path.join(args.out, "teacher")
-    from_nothing = args.stage == "all" and args.config == "shapes"
-    own = from_nothing or os.path.exists(os.path.join(here, "config.json"))
-    return args.teacher or (here if own else CONFIGS[args.config]["teacher"])
+@dataclass(frozen=True)
+class PartsJob:
+    """The shapes world's VAEs and text encoders, as far as OUT lacks them."""
+
+    name: str
+    folder: str
+    seed: int
 
 
-def before(name, args):
-    """The stage whose model a stage starts from, or None."""
-    return "teacher" if name == "kd" and args.init != "forcing" else STAGES[name].after
-
-
-def stages_to_run(args):
-    """Walk the chain back from what --stage names to what is finished -> names, first ones first."""
-    trained = [name for name in CHAIN if getattr(STAGES[name], args.config)]
-    if args.stage == "all":
-        return [n for n in trained if not finished(os.path.join(args.out, n))]
-    if args.stage not in trained:
-        raise ValueError(f"{args.config} starts from {find_teacher(args)}, it trains no {args.stage}")
-    names = [args.stage]
-    while (name := before(names[0], args)) is not None:
-        folder = find_teacher(args) if name == "teacher" else os.path.join(args.out, name)
-        if folder != os.path.join(args.out, name) or finished(folder):
-            break
-        names.insert(0, name)
-    return names
-
-
-def find_part(part, name, start, args):
-    """Where the VAE or text encoder of a stage is; one of the shapes world that is nowhere yet is trained."""
-    swaps, adapt = STAGES[name].swaps, CONFIGS[args.config]["adapt"]
-    if args.stage in (name, "all") and getattr(args, part):
-        return getattr(args, part)
-    if start and not swaps:
-        return sample.component_path(start, t2md.load_config(start).get(part))
-    if swaps and part in adapt:
-        return adapt[part]
-    part += "_adapt" if swaps else ""
-    here, shipped = os.path.join(args.out, part), os.path.join(sample.HERE, "assets", part)
-    with files.rank_zero_first():
-        if finished(here):
-            return here
-        if start and args.stage != "all":  # only what starts from nothing takes nothing that is shipped
-            return shipped
-        parts.train_part(part, args.seed, here)
-    return here
-
-
-def resolve(name, args):
-    """Find all that a stage needs, whose predecessors are finished -> one record of it:
-
-    name, stage; folder: where it writes; start: the model it starts from, teacher: the one its loss asks, or
-    None; vae, text_encoder: folders or repositories; settings; record: what its result depends on, but steps.
-    """
-    stage, first, start, teacher = STAGES[name], before(name, args), args.teacher, None
-    if name == "kd" and args.init == "scratch":  # nothing of it is the teacher's, that it could keep
-        stage = replace(stage, trains="everything", faster="everything")
-    if first is not None:
-        start = find_teacher(args) if first == "teacher" else os.path.join(args.out, first)
-    paths = {part: find_part(part, name, start, args) for part in ("vae", "text_encoder")}
-    chosen = settings(name, args)
-    loose = ("steps", "examples", "example_size", "save_every", "save_minutes")
-    record = {key: value for key, value in chosen.items() if key not in loose}
-    record |= {part: files.fingerprint(path) for part, path in paths.items()}
-    record |= dict(data=canonical(args.data), seed=args.seed, dtype=args.dtype)
-    record["starts_from"] = files.fingerprint(start) if start else None
-    if stage.loss != "noise":
-        teacher = find_teacher(args)
-        record["teacher"] = files.fingerprint(teacher)
-    flags = dict(forcing=STUDENT, kd=(*STUDENT, "init", "soft_weight", "mixer_weight"), adapt=("pos_embed",))
-    record |= {flag: getattr(args, flag) for flag in flags.get(name, ())}
-    if first == "forcing":  # of another student or teacher it is no beginning of this kd
-        beginning = os.path.join(args.out, first)
-        shared = {key: record[key] for key in ("teacher", *STUDENT)}
-        files.claim(beginning, files.read_json(os.path.join(beginning, "made_with.json")) | shared)
-    found = dict(folder=os.path.join(args.out, name), start=start, teacher=teacher, **paths)
-    return types.SimpleNamespace(name=name, stage=stage, settings=chosen, record=record, **found)
-
-
-def start_model(job, args):
-    """The network that a stage begins with, on the CPU."""
-    torch.manual_seed(zlib.crc32(f"{args.seed}/{job.name}".encode()))
-    if job.start is None:
-        config = CONFIGS[args.config]["model"]
-        return T2MD(pattern="S" * len(args.pattern), pos_embed="pixart", **config)
-    changes = job.stage.changes
-    if "pos_embed" in changes:
-        changes = changes | dict(pos_embed=args.pos_embed)
-    model = t2md.load_backbone(job.start, **changes)
-    if job.teacher and job.start == job.teacher:  # the student's beginning
-        shape = {key: getattr(args, key) for key in STUDENT if getattr(args, key)}  # with DiM's or without
-        model = t2md.student_of(model, llama=job.name == "kd" and args.init == "llama", **shape)
-        if job.name == "kd" and args.init == "scratch":
-            model = type(model)(**model.arguments())
-    first = before(job.name, args)
-    model.register_to_config(**job.settings["sampler"])
-    larger = max(job.settings["sizes"]) // max(settings(first, args)["sizes"]) if first else 1
-    if larger > 1:  # it is sampled at that size unless told otherwise, at the same coordinates
-        scale = larger * model.interpolation_scale
-        model.register_to_config(sample_size=larger * model.config.sample_size, interpolation_scale=scale)
-        model.register_to_config(use_additional_conditions=model.conditioned_on_size)
-    return model
-
-
-def ready(model, stage, checkpointing):
-    """A model as a stage trains it: what the stage does not train is frozen."""
-    model.requires_grad_(False)
-    for module in modules(model, stage.trains):
-        module.requires_grad_(True)
-    if checkpointing:
-        model.enable_gradient_checkpointing()
-    return model
-
-
-def load_networks(job, args):
-    """(model, teacher or None, VAE, TextEncoder) on the device; the model's config names the latter two,
-    local ones relative to its own folder."""
+def plan(args):
+    """The jobs of what --stage names, and before it of what it needs. Loads and trains nothing."""
     config = CONFIGS[args.config]
-    vae, text_encoder = VAE(job.vae, args.device), TextEncoder(job.text_encoder, device=args.device)
-    model = ready(start_model(job, args).to(args.device), job.stage, config["checkpointing"])
+    places = find_places(args.out, config.shipped, args.teacher)
+    stages = [name for name in CHAIN if name in config.settings]
+    if "parts" in config.shipped:
+        stages.insert(0, "parts")
+    # 1. Which stages run: all that OUT lacks; or from the named one back to what is there.
+    if args.stage == "all":
+        given = ("parts", "teacher") if args.teacher else ()
+        names = [n for n in stages if n not in given and places.get(n) != place_of(n, args.out)]
+    elif args.stage not in stages:
+        raise ValueError(f"--config {args.config} starts from {places['teacher']}, it trains no {args.stage}")
+    else:
+        names = [args.stage]
+        while predecessor(names[0], args.init) not in (None, *places):
+            names.insert(0, predecessor(names[0], args.init))
+    # 2. A record for each.
+    jobs = []
+    for name in names:
+        if name == "parts":
+            jobs.append(PartsJob(name, args.out, args.seed))
+            places.update({part: os.path.join(args.out, part) for part in PARTS})
+        else:
+            job = make_job(name, args, config, places, jobs)
+            jobs.append(job)
+            places[name] = job.folder
+    return jobs
+
+
+def place_of(name, out):
+    """The folder into which a stage writes; `parts` writes several folders into OUT itself."""
+    return out if name == "parts" else os.path.join(out, name)
+
+
+def find_places(out, shipped, teacher):
+    """{stage or part: where its result is}: in OUT if it is finished there, else what is shipped."""
+    places = dict(shipped)
+    for name in (*PARTS, *STAGES):
+        if finished(os.path.join(out, name)):
+            places[name] = os.path.join(out, name)
+    if all(places.get(part) == os.path.join(out, part) for part in PARTS):
+        places["parts"] = out
+    if teacher:
+        places["teacher"] = teacher
+    return places
+
+
+def predecessor(name, init):
+    """The stage that must be there before this one, or None. kd may skip forcing (--init)."""
+    if name == "parts":
+        return None
+    if name == "kd" and init != "forcing":
+        return "teacher"
+    return STAGES[name].after
+
+
+def make_job(name, args, config, places, jobs):
+    """The record of one stage, with all flags that concern it.  jobs: those that run before it."""
+    named = args.stage in (name, "all")
+    before = predecessor(name, args.init)
+    start = args.teacher if name == "teacher" else places[before]
+    stage = STAGES[name]
+    if name == "kd" and args.init == "scratch":
+        # It keeps nothing of the teacher, so there is nothing to freeze.
+        stage = dataclasses.replace(stage, trains="everything", faster="everything")
+    settings = settings_with_flags(name, config.settings[name], vars(args), named)
+    check_batch(name, settings)
+    dim = {key: True for key in ("padding_tokens", "local_enhancement") if getattr(args, key)}
+    made_with = {k: v for k, v in dataclasses.asdict(settings).items() if k not in MAY_CHANGE}
+    made_with.update(seed=args.seed, dtype=args.dtype)
+    if name in ("forcing", "kd"):
+        made_with.update(pattern=args.pattern, dim=dim)
+    if name == "kd":
+        made_with.update(init=args.init, soft_weight=args.soft_weight, mixer_weight=args.mixer_weight)
+    if name == "adapt":
+        made_with.update(pos_embed=args.pos_embed)
+    if name == "teacher" and not start and args.data != "shapes" and not (args.vae and args.text_encoder):
+        needed = "a VAE and a text encoder that were made for such pictures"
+        hint = "such as --vae stabilityai/sd-vae-ft-mse --text-encoder google/flan-t5-small"
+        raise ValueError(f"a teacher of --data {args.data} needs {needed}, {hint}")
+    growth = 1
+    if before in config.settings:
+        growth = max(settings.sizes) // max(config.settings[before].sizes)
+    part_paths = {}
+    for part in ("vae", "text_encoder"):
+        given = getattr(args, part) if named else None
+        part_paths[part] = given or find_part(part, stage, config, places, start, jobs, args.data)
+    return Job(
+        name=name,
+        stage=stage,
+        settings=settings,
+        config=config,
+        folder=os.path.join(args.out, name),
+        start=start,
+        teacher=places["teacher"] if stage.loss != "noise" else None,
+        **part_paths,
+        pattern=args.pattern,
+        dim=dim,
+        init=args.init,
+        pos_embed=args.pos_embed,
+        soft_weight=args.soft_weight,
+        mixer_weight=args.mixer_weight,
+        growth=growth,
+        data=args.data,
+        cache=args.cache,
+        seed=args.seed,
+        device=args.device,
+        dtype=args.dtype,
+        micro_batch=args.micro_batch,
+        example_prompts=args.example_prompts,
+        made_with=made_with,
+    )
+
+
+MAY_CHANGE = ("steps", "examples", "example_size", "save_every", "save_minutes")  # when a stage is continued
+OF_NAMED_STAGE = ("steps", "batch_size", "lr", "timesteps", "snr_weight", "examples", "example_size")
+OF_EVERY_STAGE = ("save_every", "save_minutes")
+
+
+def settings_with_flags(name, settings, flags, named):
+    """A stage's settings, replaced by the flags that are given: most are for the stage that --stage names."""
+    changes = {}
+    if flags["quick"] and name in ("forcing", "kd"):
+        changes.update(QUICK)
+    for key in OF_NAMED_STAGE:
+        if named and flags[key] is not None:
+            changes[key] = flags[key]
+    for key in OF_EVERY_STAGE:
+        if flags[key] is not None:
+            changes[key] = flags[key]
+    if "lr" in changes:  # it is for all modules
+        changes["new_lr"] = None
+    return dataclasses.replace(settings, **changes)
+
+
+def find_part(part, stage, config, places, start, jobs, data):
+    """Where a stage's VAE or text encoder is (folder or repository), if no flag names it."""
+    if start is None:
+        return places[part]
+    if stage.swaps and part in config.second:
+        return config.second[part]
+    if stage.swaps and data == "shapes":
+        return places[part + "_adapt"]
+    for job in jobs:  # its predecessor's, which may have to be trained first
+        if job.folder == start:
+            return getattr(job, part)
+    return t2md.component_path(start, t2md.load_config(start).get(part))
+
+
+def check_batch(name, settings):
+    """Raise ValueError if there are more processes than images in the smallest batch."""
+    fewest = max(1, settings.batch_size // max(settings.sizes) ** 2)
+    if fewest < WORLD:
+        reason = f"{fewest} images of its largest size cannot be shared by {WORLD} processes"
+        raise ValueError(f"{name}: {reason}; give a larger --batch-size")
+
+
+# ---------------------------------------------------------------------------------------------------
+# 4. What a stage needs: its networks, its data, its pictures
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Networks:
+    model: T2MD  # what is trained
+    teacher: T2MD | None  # frozen
+    vae: VAE  # frozen
+    text_encoder: TextEncoder  # frozen
+    schedule: DDPMScheduler  # equation 1
+
+
+def build(job):
+    """The networks that a stage begins with, on the device, frozen as the stage says."""
+    vae = VAE(job.vae, job.device)
+    text_encoder = TextEncoder(job.text_encoder, device=job.device, dtype=getattr(torch, job.dtype))
+    torch.manual_seed(zlib.crc32(f"{job.seed}/{job.name}".encode()))
+    model = first_model(job, vae, text_encoder)
+    t2md.check_widths(model, vae, text_encoder)
     for part, path in dict(vae=job.vae, text_encoder=job.text_encoder).items():
-        model.register_to_config(**{part: os.path.relpath(path, job.folder) if os.path.isdir(path) else path})
-    teacher = sample.load_denoiser(job.teacher, args.device) if job.teacher else None
-    for block in (*model.blocks, *(teacher.blocks if teacher else ())):
-        if isinstance(block.mixer, Attention):
-            block.mixer.float32 = config["float32_attention"]
-    return model, teacher, vae, text_encoder
+        reference = os.path.relpath(path, job.folder) if os.path.isdir(path) else path
+        model.register_to_config(**{part: reference})
+    model.to(job.device)
+    freeze_all_but(model, job.stage.trains)
+    if job.config.checkpointing:
+        model.enable_gradient_checkpointing()
+    teacher = None
+    if job.teacher:
+        attention = dict(float32_attention=job.settings.float32_attention)
+        teacher = t2md.load_denoiser(job.teacher, job.device, **attention)
+    return Networks(model, teacher, vae, text_encoder, noise_schedule(model))
 
 
-def open_data(job, args, vae, text_encoder, base):
-    """{multiple of the base size: its ImageData}; the shapes world is drawn, and encoded once."""
-    data, source, cache, config = {}, args.data, args.cache, job.settings
-    if args.data == "shapes" and not cache:
-        cache = os.path.join(args.out, files.slug("features {vae} {text_encoder}".format(**job.record)))
-    for m in config["sizes"]:
-        if args.data == "shapes":
-            ratios, most = config["ratios"], config["pictures"] * max(config["sizes"]) // m
-            count = min(most, config["steps"] * config["batch_size"])
-            folder = os.path.join(args.out, "pictures", f"{m * base}px-{count}-{len(ratios)}-seed{args.seed}")
-            source = shapes.write_shards(folder, m * base, count, args.seed, ratios)
-        index = os.path.join(args.out, "index")
-        data[m] = ImageData(source, m * base, vae, text_encoder, args.seed, index, cache)
+def first_model(job, vae, text_encoder):
+    """The model that a stage begins with: new, loaded, or made of its teacher; in float32, on the CPU."""
+    attention = dict(float32_attention=job.settings.float32_attention)
+    if job.start is None:
+        return T2MD(
+            pattern="S" * len(job.pattern),
+            pos_embed="pixart",
+            in_channels=vae.channels,
+            out_channels=vae.channels,
+            caption_width=text_encoder.width,
+            **job.config.teacher,
+            **attention,
+        )
+    changes = dict(job.stage.changes)
+    if "pos_embed" in changes:
+        changes["pos_embed"] = job.pos_embed
+    model = t2md.load_backbone(job.start, **changes, **attention)
+    if job.start == job.teacher:
+        model = first_student(job, model)
+    if job.stage.swaps:
+        model = t2md.fit_ends(model, vae.channels, text_encoder.width)
+    model.register_to_config(**job.settings.sampler)
+    if job.growth > 1:  # it is sampled at the larger size unless told otherwise, at the same coordinates
+        model.register_to_config(
+            sample_size=job.growth * model.config.sample_size,
+            interpolation_scale=job.growth * model.interpolation_scale,
+            use_additional_conditions=model.conditioned_on_size,
+        )
+    return model
+
+
+def first_student(job, teacher):
+    """The student with which forcing begins, or kd without forcing: see --init."""
+    model_class = t2md.DiM if job.dim else T2MD
+    shape = dict(job.config.student)
+    if job.init == "llama" and job.name == "kd":
+        shape.update(t2md.llama_shape(teacher))
+    student = t2md.student_of(teacher, job.pattern, model_class, **job.dim, **shape)
+    if job.init == "llama" and job.name == "kd":
+        for block, of_teacher in zip(student.blocks, teacher.blocks):
+            if isinstance(block.mixer, MambaMixer):
+                t2md.copy_attention(block.mixer, of_teacher.mixer)
+    if job.init == "scratch" and job.name == "kd":
+        return type(student)(**student.arguments())
+    return student
+
+
+def open_data(job, networks):
+    """{multiple of the base size: its ImageData}. The shapes world is drawn, and encoded once."""
+    settings = job.settings
+    vae = networks.vae
+    base = base_pixels(job, networks)
+    out = os.path.dirname(job.folder)
+    cache = job.cache
+    if job.data == "shapes" and cache is None:
+        encoders = f"{files.fingerprint(job.vae)} {files.fingerprint(job.text_encoder)}"
+        cache = os.path.join(out, files.slug(f"features {encoders}"))
+    data = {}
+    for m in settings.sizes:
+        source = job.data
+        if job.data == "shapes":
+            most = settings.pictures * max(settings.sizes) // m
+            count = min(most, settings.steps * settings.batch_size)
+            name = f"{m * base}px-{count}-{len(settings.ratios)}-seed{job.seed}"
+            folder = os.path.join(out, "pictures", name)
+            source = shapes.write_shards(folder, m * base, count, job.seed, settings.ratios)
+        data[m] = ImageData(
+            source,
+            m * base,
+            vae,
+            networks.text_encoder,
+            job.seed,
+            cache,
+            multiple=vae.factor * networks.model.config.patch_size,
+            enlarge=settings.enlarge,
+            ratios=settings.ratios,
+        )
     return data
 
 
-def batches(job, args, data, first):
-    """From step `first` on: (multiple of the base size, numbers of images).
-    The shares of a stage are of its images: larger ones come in smaller batches, and so more often."""
-    sizes = job.settings["sizes"]
-    images = {m: max(1, job.settings["batch_size"] // m**2) for m in sizes}
-    weights = torch.tensor([share / images[m] for m, share in sizes.items()])
-    orders = {m: data[m].order(images[m]) for m in sizes}
-    for step in range(job.settings["steps"]):
-        generator = files.generator(args.seed, job.name, step, -1) if len(sizes) > 1 else None
-        m = list(sizes)[int(torch.multinomial(weights, 1, generator=generator))] if generator else max(sizes)
+def base_pixels(job, networks):
+    """The side in pixels of the size 1 of a stage's `sizes`."""
+    return networks.model.config.sample_size * networks.vae.factor // max(job.settings.sizes)
+
+
+def all_made_with(job, data):
+    """All that a stage's result depends on, for made_with.json: settings, models, data."""
+    made_with = dict(job.made_with)
+    made_with["vae"] = files.fingerprint(job.vae)
+    made_with["text_encoder"] = files.fingerprint(job.text_encoder)
+    made_with["starts_from"] = files.fingerprint(job.start) if job.start else None
+    if job.teacher:
+        made_with["teacher"] = files.fingerprint(job.teacher)
+    made_with["data"] = "shapes" if job.data == "shapes" else data[max(data)].digest
+    return made_with
+
+
+def check_beginning(job, made_with):
+    """Raise ValueError if kd's forcing was made with another teacher, or is another student's."""
+    noted = os.path.join(job.start or "", "made_with.json")
+    if job.stage.loss == "kd" and job.start != job.teacher and os.path.exists(noted):
+        of_forcing = files.read_json(noted)
+        of_forcing.update({key: made_with[key] for key in ("teacher", "pattern", "dim")})
+        files.check_made_with(job.start, of_forcing)
+
+
+def batches(job, data, first):
+    """From step `first` on: (step, multiple of the base size, numbers of images).
+
+    The shares of a stage are of its images: larger ones come in smaller batches, and so more often.
+    """
+    sizes = job.settings.sizes
+    images = {m: max(1, job.settings.batch_size // m**2) for m in sizes}
+    frequency = torch.tensor([share / images[m] for m, share in sizes.items()])
+    orders = {m: data[m].order(images[m], job.name) for m in sizes}
+    for step in range(job.settings.steps):
+        m = max(sizes)
+        if len(sizes) > 1:
+            generator = files.generator(job.seed, job.name, step, -1)
+            m = list(sizes)[int(torch.multinomial(frequency, 1, generator=generator))]
         chosen = next(orders[m])
         if step >= first:
-            yield m, chosen
+            yield step, m, chosen
 
 
-def example_painter(job, args, teacher, vae, text_encoder, data, base):
-    """show(model, path): a contact sheet of --examples pictures; above a student's, its teacher's."""
-    images, side = data[min(data)], job.settings["example_size"] or base * max(data)
-    captions = [images.caption(k) for k in range(min(job.settings["examples"], len(images.rows)))]
-    if args.example_prompts:
-        records = sample.read_prompts(args.example_prompts)[: job.settings["examples"]]
-        captions = [record["prompt"] for record in records]
-    encoded = sample.encode_first(text_encoder, ["", *captions])  # the device's is the data's alone
-    rows = []
-    if teacher and captions and not RANK:
-        rows = [sample.generate_all(teacher, vae, encoded, captions, (base, base), args.seed)]
+def load_batches(job, data, first):
+    """From step `first` on: (m, images in the batch, this process's share of it as a list of micro-batches).
+
+    They are made some steps ahead, in threads. All that is random in image i is a function of (seed, stage,
+    step, i), so it depends neither on restarts nor on how many processes there are.
+    """
+
+    def make(step, m, chosen):
+        mine = range(RANK, len(chosen), WORLD)
+        size = job.micro_batch or len(mine)
+        micro_batches = []
+        for k in range(0, len(mine), size):
+            some = mine[k : k + size]
+            generators = [files.generator(job.seed, job.name, step, i) for i in some]
+            batch = data[m].batch([chosen[i] for i in some], generators, job.settings.timesteps)
+            if job.device.startswith("cuda"):
+                batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+            micro_batches.append(batch)
+        return m, len(chosen), micro_batches
+
+    return ahead(make, batches(job, data, first))
+
+
+def example_painter(job, networks, data):
+    """show(model, path): draw a contact sheet of a model's pictures; above a student's, its teacher's."""
+    settings = job.settings
+    base = base_pixels(job, networks)
+    side = settings.example_size or base * max(data)
+    images = data[min(data)]
+    captions = [images.caption(k) for k in range(min(settings.examples, len(images.rows)))]
+    if job.example_prompts:
+        captions = [record["prompt"] for record in sample.read_prompts(job.example_prompts)]
+        captions = captions[: settings.examples]
+    if not captions or RANK > 0:
+        return lambda model, path: None
+    encoded = encoded_examples(job, networks.text_encoder, captions)
+    teachers_row = []
+    if networks.teacher is not None:
+        size = (base, base)
+        teachers_row = sample.generate_all(
+            networks.teacher, networks.vae, encoded, captions, size, job.seed, direct=True
+        )
 
     def show(model, path):
-        if captions:
-            frozen = sample.freeze(copy.deepcopy(model), args.device, getattr(torch, args.dtype))
-            images = sample.generate_all(frozen, vae, encoded, captions, (side, side), args.seed, direct=True)
-            files.write_png(path, files.contact_sheet([*rows, images], base))
+        frozen = t2md.freeze(copy.deepcopy(model), job.device, getattr(torch, job.dtype))
+        size = (side, side)
+        row = sample.generate_all(frozen, networks.vae, encoded, captions, size, job.seed, direct=True)
+        rows = [teachers_row, row] if teachers_row else [row]
+        files.write_png(path, files.contact_sheet(rows, base))
 
     return show
 
 
+def encoded_examples(job, text_encoder, captions):
+    """The examples' caption features, kept with the run: a restart need not load T5 for them."""
+    path = os.path.join(job.folder, "examples.pt")
+    captions = ["", *captions]
+    key = [files.fingerprint(job.text_encoder), captions]
+    if os.path.exists(path):
+        kept = torch.load(path, weights_only=True)
+        if kept["key"] == key:
+            return sample.EncodedCaptions(kept["features"])
+    features = sample.encode_captions(text_encoder, captions)
+    kept = dict(key=key, features=features)
+    files.write_atomically(path, lambda temporary: torch.save(kept, temporary))
+    return sample.EncodedCaptions(features)
+
+
 # ---------------------------------------------------------------------------------------------------
-# 4. The loop; then its parts: what is on disk, the optimiser; the command line
+# 5. The loss of a batch
 # ---------------------------------------------------------------------------------------------------
 
 
-def train_stage(job, args):
-    """Run or continue one stage, in the order in which it runs. All processes do; the first one writes."""
-    stage, config, folder, device = job.stage, job.settings, job.folder, args.device
-    files.claim(folder, job.record)
-    if (read_state(folder, mmap=True) or dict(step=0))["step"] >= config["steps"]:
-        return print(f"{job.name}: finished, the model is in {folder}")
-    model, teacher, vae, text_encoder = load_networks(job, args)
-    base = model.config.sample_size * vae.factor // max(config["sizes"])  # pixels
-    data = open_data(job, args, vae, text_encoder, base)
-    show = example_painter(job, args, teacher, vae, text_encoder, data, base)
-    cut, text_encoder = text_encoder.cut, None  # with a cache nothing asks it any more: it leaves the device
-    schedule = noise_schedule(model)
+def loss_of(job, networks, batch, m=1):
+    """The stage's loss of one batch -> (loss, {name of a term: its value}).
+
+    batch: latents z0 and noise (b, c, height, width), t (b,), text (b, s, caption_width), mask (b, s).
+    m: how many times the base size its images are.
+    """
+    model = networks.model
+    noise = batch["noise"]
+    t = batch["t"]
+    # Equation 1, the forward process: z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) eps
+    z_t = networks.schedule.add_noise(batch["z0"], noise, t)
+    height = z_t.shape[2] * networks.vae.factor
+    width = z_t.shape[3] * networks.vae.factor
+    conditions = t2md.size_conditions(model, height, width, len(t))
+    inputs = dict(z_t=z_t, t=t, text=batch["text"], mask=batch["mask"], **conditions)
+    # Equation 6, layer-level teacher forcing
+    if job.stage.loss == "forcing":
+        loss = t2md.forcing_loss(model, networks.teacher, **inputs)
+        return loss, dict(forcing=loss.detach())
+    # Equation 11, feature knowledge distillation
+    if job.stage.loss == "kd":
+        weights = dict(soft_weight=job.soft_weight, mixer_weight=job.mixer_weight)
+        return t2md.kd_loss(model, networks.teacher, noise=noise, **inputs, **weights)
+    # Equation 8, the diffusion loss; in the shapes world each image's error is weighed by its noise
+    predicted = t2md.predict_noise(model, **inputs)
+    mse = t2md.mse_loss(noise, predicted)
+    root = noise_weight(networks.schedule, t, m * job.settings.snr_weight).sqrt()
+    loss = t2md.mse_loss(root * noise, root * predicted)
+    return loss, dict(mse=mse.detach())
+
+
+def noise_weight(schedule, t, amplitude):
+    """What the error of each image in equation 8 is weighed by, (b, 1, 1, 1): 1 / sqrt(SNR), cut to [1, 8].
+
+    Not the paper's: without it the small teacher learns last what is where and which colour is whose.
+    amplitude: how much a picture's features stand out from the noise, beside latents of deviation 1 at base
+    size: a shape of m times the size m times as well. 0: every image weighs 1.
+    """
+    alpha_bar = schedule.alphas_cumprod.to(t.device)[t]
+    if amplitude == 0:
+        return torch.ones_like(alpha_bar)[:, None, None, None]
+    snr = amplitude**2 * alpha_bar / (1 - alpha_bar)
+    return snr.rsqrt().clamp(1.0, 8.0)[:, None, None, None]
+
+
+# ---------------------------------------------------------------------------------------------------
+# 6. The loop
+# ---------------------------------------------------------------------------------------------------
+
+
+def train(job):
+    """Run or continue one stage. All processes do; the first one writes."""
+    # 1. What it is made with must be what it was begun with.
+    settings = job.settings
+    networks = build(job)
+    data = open_data(job, networks)
+    made_with = all_made_with(job, data)
+    check_beginning(job, made_with)
+    files.check_made_with(job.folder, made_with)
+    if steps_done(job.folder) >= settings.steps:
+        print(f"{job.name}: finished, the model is in {job.folder}")
+        return
+    print_settings(job)
+    # 2. The pictures' captions are encoded; with a cache nothing else asks the text encoder any more.
+    show = example_painter(job, networks, data)
+    if data[max(data)].cached:
+        networks.text_encoder.unload()
+    # 3. What is trained, from the last checkpoint if there is one.
+    model = networks.model
+    optimizers = new_optimizers(model, settings, modules(model, job.stage.faster))
+    ema = EMAModel(model.parameters(), decay=settings.ema)
+    first = resume(job.folder, model, ema, optimizers)
+    # 4. The steps.
+    with StopSignal() as stop, open_log(job.folder, first) as log:
+        run_steps(job, networks, data, optimizers, ema, first, Checkpoints(job, made_with, show), stop, log)
+    print_skipped(job, networks, data)
+    print(f"{job.name}: step {settings.steps} is done, the model and its pictures are in {job.folder}")
+
+
+def run_steps(job, networks, data, optimizers, ema, first, checkpoints, stop, log):
+    """The steps from `first` on, each in the order in which it runs."""
+    settings = job.settings
+    model = networks.model
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizers = new_optimizers(model, config, modules(model, stage.faster))
-    ema = EMAModel(model.parameters(), decay=config["ema"])
-    first = resume(folder, model, ema, optimizers)
-    log, saved, skipped, told_to_stop = open_log(folder, first), time.time(), 0, []
-    default = signal.signal(signal.SIGTERM, lambda *_: told_to_stop.append(True))
-    bar = progress(batches(job, args, data, first), job.name, config["steps"], initial=first)
-    for step, (m, chosen) in enumerate(bar, first):
-        began, terms, images = time.time(), {}, len(chosen)
-        # 1. This process's share of the batch. All that is random in image i is a function of (seed, stage,
-        # step, i), so it depends neither on restarts nor on how many processes there are.
-        for part in torch.arange(RANK, images, WORLD).split(args.micro_batch or images):
-            generators = [files.generator(args.seed, job.name, step, i) for i in part.tolist()]
-            batch = data[m].batch([chosen[i] for i in part], generators, config["timesteps"])
-            batch = {key: value.to(device) for key, value in batch.items()}
-            # 2. The forward process (equation 1).
-            noise, t = batch["noise"], batch["t"]
-            z_t = schedule.add_noise(batch["z0"], noise, t)
-            pixels = [side * vae.factor for side in z_t.shape[-2:]]
-            conditions = sample.size_conditions(model, *pixels, len(part))
-            inputs = dict(z_t=z_t, t=t, text=batch["text"], mask=batch["mask"], **conditions)
-            # 3. Teacher, student and loss.
-            with torch.autocast(z_t.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                if stage.loss == "forcing":  # equation 6
-                    loss = t2md.forcing_loss(model, teacher, **inputs)
-                    named = dict(forcing=loss.detach())
-                elif stage.loss == "kd":  # equation 11
-                    weights = dict(soft_weight=args.soft_weight, mixer_weight=args.mixer_weight)
-                    loss, named = t2md.kd_loss(model, teacher, **inputs, noise=noise, **weights)
-                else:  # equation 8
-                    predicted = t2md.predict_noise(model, **inputs)
-                    named = dict(mse=t2md.mse_loss(noise, predicted).detach())
-                    root = noise_weight(schedule, t, m * config["snr_weight"]).sqrt()
-                    loss = t2md.mse_loss(root * noise, root * predicted)
-            # 4. Its gradient: of the mean over the global batch, once all parts and processes are summed.
-            share = len(part) / images
+    bar = progress(load_batches(job, data, first), job.name, settings.steps, initial=first)
+    skipped_in_a_row = 0
+    asked = time.monotonic()
+    for step, (m, images, micro_batches) in enumerate(bar, first):
+        began = time.monotonic()
+        # 1. Loss and gradient: this process's share of the mean over the global batch.
+        terms = {}
+        for batch in micro_batches:
+            batch = {name: tensor.to(job.device, non_blocking=True) for name, tensor in batch.items()}
+            share = len(batch["t"]) / images
+            device_type = torch.device(job.device).type
+            with torch.autocast(device_type, torch.bfloat16, enabled=job.dtype == "bfloat16"):
+                loss, named = loss_of(job, networks, batch, m)
             (share * loss).backward()
-            terms = {name: terms.get(name, 0.0) + share * value.float() for name, value in named.items()}
-        late = RANK == 0 and began - saved > 60 * config["save_minutes"]
-        flags = (torch.tensor(float(flag), device=device) for flag in (bool(told_to_stop), late))
-        shared = torch.stack([*terms.values(), *flags])
-        sum_over_processes([*(p.grad for p in trained if p.grad is not None), shared])
-        *values, stop, late = shared.tolist()
-        # 5. The step. One whose loss or gradient is not finite is skipped.
-        norm = float(torch.nn.utils.clip_grad_norm_(trained, config["clip"]))
-        rate = set_rates(optimizers, step, config)
-        skipped = 0 if all(map(math.isfinite, (norm, *values))) else skipped + 1
-        if not skipped:
+            for name, value in named.items():
+                terms[name] = terms.get(name, 0.0) + share * value.float()
+        # 2. The sum over processes. All hear whether one was told to stop or the first one wants to save.
+        late = checkpoints.late()
+        terms, stopping, late = reduce(trained, terms, stop.told, late, job.device)
+        # 3. The step. One whose loss or gradient is not finite is skipped.
+        norm = float(torch.nn.utils.clip_grad_norm_(trained, settings.clip))
+        rate = set_rates(optimizers, step, settings)
+        finite = all(math.isfinite(value) for value in (norm, *terms.values()))
+        if finite:
             for optimizer in optimizers:
                 optimizer.step()
             ema.step(model.parameters())
         model.zero_grad(set_to_none=True)
-        if skipped == 10:
-            why = f"{job.name}: loss or gradient was not finite ten steps in a row (step {step})"
-            raise FloatingPointError(f"{why}; the last checkpoint is as it was. Try a smaller --lr")
-        # 6. What is said of it.
-        seconds, terms = round(time.time() - began, 4), dict(zip(terms, values))
-        line = dict(step=step, **terms, gradient=norm, lr=rate, skipped=skipped > 0, seconds=seconds)
+        skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
+        if skipped_in_a_row == 10:
+            what = f"{job.name}: loss or gradient was not finite ten steps in a row (step {step})"
+            raise FloatingPointError(f"{what}; the last checkpoint is as it was. Try a smaller --lr")
+        # 4. One line in the log: what the step took, and what it waited for its batch.
+        now = time.monotonic()
+        times = dict(seconds=round(now - asked, 4), waited=round(began - asked, 4))
+        line = dict(step=step, **terms, gradient=norm, lr=rate, skipped=not finite, **times)
         print(json.dumps(line), file=log, flush=True)
-        loss = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
-        rates = f"lr {rate:.2g}, {images / max(seconds, 1e-4):.0f} images/s"
-        bar.set_postfix_str(f"{loss}, {rates}", refresh=False)
-        # 7. The checkpoint; told to stop, the last one.
-        done, regular = step + 1, (step + 1) % config["save_every"] == 0 or step + 1 == config["steps"]
-        if regular or late or stop:
-            paint = show if regular and not stop else None
-            save(folder, model, ema, optimizers, done, config["steps"], paint)
-            saved = time.time()
-        if stop:
+        values = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
+        bar.set_postfix_str(f"{values}, lr {rate:.2g}, {images / (now - asked):.0f} images/s", refresh=False)
+        # 5. The checkpoint; told to stop, the last one.
+        done = step + 1
+        regular = done % settings.save_every == 0 or done == settings.steps
+        if regular or late or stopping:
+            checkpoints.save(model, ema, optimizers, done, draw=regular and not stopping)
+        if stopping:
             sys.exit(f"{job.name}: told to stop; saved after step {done}; the same command goes on")
-    signal.signal(signal.SIGTERM, default)
+        asked = time.monotonic()
+
+
+def reduce(trained, terms, told_to_stop, late, device):
+    """Sum gradients, in place, and loss terms over all processes -> (terms, stop, late) as plain numbers.
+
+    stop: was any process told to.  late: does the first process want a checkpoint.
+    """
+    flags = [float(told_to_stop), float(late and RANK == 0)]
+    shared = torch.stack([*terms.values(), *torch.tensor(flags, device=device)])
+    sum_over_processes([p.grad for p in trained if p.grad is not None] + [shared])
+    *values, stop, late = shared.tolist()
+    return dict(zip(terms, values)), stop > 0, late > 0
+
+
+def sum_over_processes(tensors):
+    """Sum each tensor of a list over all processes, in place."""
+    if WORLD == 1:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    parts_of_flat = flat.split([tensor.numel() for tensor in tensors])
+    for tensor, total in zip(tensors, parts_of_flat):
+        tensor.copy_(total.view_as(tensor))
+
+
+class StopSignal:
+    """Inside, SIGTERM and the first Ctrl-C are only noted (`told`); a second Ctrl-C stops at once."""
+
+    def __enter__(self):
+        self.told = False
+        self.before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number in self.before:
+            signal.signal(number, self.note)
+        return self
+
+    def note(self, number, frame):
+        self.told = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def print_settings(job):
+    """Print what a stage starts from and its resolved settings."""
+    print(f"{job.name}: from {job.start or 'nothing'}, into {job.folder}")
+    pairs = [f"{name} {value}" for name, value in dataclasses.asdict(job.settings).items()]
+    print(textwrap.fill(", ".join(pairs), 110, initial_indent="  ", subsequent_indent="  "))
+
+
+def print_skipped(job, networks, data):
+    """Print which images were left out and why, and how many captions were cut."""
+    base = base_pixels(job, networks)
     for m, images in data.items():
         for reason, count in images.skipped.items():
             print(f"{job.name}: {count} images skipped at {m * base} px: {reason}")
-        cut = max(cut, images.text_encoder.cut if images.text_encoder else 0)
-    print(f"{job.name}: {cut} captions were longer than the text encoder takes\n" * (cut > 0), end="")
-    print(f"{job.name}: step {config['steps']} is done, the model and its pictures are in {folder}")
+    if networks.text_encoder.cut > 0:
+        print(f"{job.name}: {networks.text_encoder.cut} captions were longer than the text encoder takes")
 
 
-def read_state(folder, **kwargs):
+# ---------------------------------------------------------------------------------------------------
+# 7. Checkpoints
+# ---------------------------------------------------------------------------------------------------
+
+
+def finished(folder):
+    """Return True if `folder` holds a completely trained model.
+
+    Without a training state it does if it was never trained here: somebody put a model there.
+    """
+    if not os.path.exists(os.path.join(folder, "config.json")):
+        return False
+    state = read_state(folder, mmap=True)
+    if state is None:
+        return not os.path.exists(os.path.join(folder, "log.jsonl"))
+    return state["step"] >= state["steps"]
+
+
+def steps_done(folder):
+    """How many steps of a stage are saved in its folder."""
+    state = read_state(folder, mmap=True)
+    return 0 if state is None else state["step"]
+
+
+def read_state(folder, mmap=False):
     """The training state in `folder`, or None where there is none.  Raises ValueError if it is damaged."""
     path = os.path.join(folder, "training_state.pt")
     if not os.path.exists(path):
         return None
     try:
-        if not kwargs and zipfile.ZipFile(path).testzip():  # torch.load asks for no check sum
+        if not mmap and zipfile.ZipFile(path).testzip():  # torch.load looks at no check sum
             raise ValueError("its bytes are not what was written")
-        return torch.load(path, map_location="cpu", weights_only=True, **kwargs)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises anything
         advice = "move it away to train this stage again"
         raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}); {advice}") from error
 
 
-def save(folder, model, ema, optimizers, step, steps, show):
-    """By the first process: the EMA weights as a model, their pictures, then the state to go on from."""
-    with files.rank_zero_first():
-        if RANK:
-            return
-        ema.store(model.parameters())
-        ema.copy_to(model.parameters())
-        temporary = os.path.join(folder, f".saving-{os.getpid()}")
+class Checkpoints:
+    """Writes a stage's checkpoints: the EMA weights as a model, the state to go on from, then pictures."""
+
+    def __init__(self, job, made_with, show):
+        self.job = job
+        self.made_with = made_with
+        self.show = show
+        self.saved = time.monotonic()
+
+    def late(self):
+        """Is the last checkpoint longer ago than --save-minutes?"""
+        return time.monotonic() - self.saved > 60 * self.job.settings.save_minutes
+
+    def save(self, model, ema, optimizers, step, draw):
+        """Write a checkpoint by the first process; the others wait. The first one claims the folder."""
+        folder = self.job.folder
+        files.note_made_with(folder, self.made_with)
+        with files.rank_zero_first():
+            if RANK == 0:
+                ema.store(model.parameters())
+                ema.copy_to(model.parameters())
+                save_model(model, folder)
+                averaged = copy.deepcopy(model) if draw else None
+                ema.restore(model.parameters())
+                save_state(folder, model, ema, optimizers, step, self.job.settings.steps)
+                if draw:
+                    self.draw(averaged, os.path.join(folder, f"step-{step:06d}.png"))
+        self.saved = time.monotonic()
+
+    def draw(self, model, path):
+        """Draw the examples; what goes wrong here is said, and ends no training."""
         try:
-            model.save_pretrained(temporary)
-            for name in os.listdir(temporary):
-                os.replace(os.path.join(temporary, name), os.path.join(folder, name))
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if show:
-            show(model, os.path.join(folder, f"step-{step:06d}.png"))
-        ema.restore(model.parameters())
-        state = dict(model=model.state_dict(), ema=ema.state_dict(), step=step, steps=steps)
-        state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-        path = os.path.join(folder, "training_state.pt")
-        files.write_atomically(path, lambda temporary: torch.save(state, temporary))
+            self.show(model, path)
+        except Exception as error:  # out of memory, a size that no patch fits, a full disk
+            print(f"{self.job.name}: no pictures, {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def save_model(model, folder):
+    """Write config.json and weights, each whole or not at all."""
+    temporary = os.path.join(folder, f".saving-{os.getpid()}")
+    try:
+        model.save_pretrained(temporary)
+        for name in os.listdir(temporary):
+            files.replace(os.path.join(temporary, name), os.path.join(folder, name))
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_state(folder, model, ema, optimizers, step, steps):
+    """Write all that a restart needs; the state before it stays until this one is whole."""
+    state = dict(
+        step=step,
+        steps=steps,
+        model=model.state_dict(),
+        ema=ema.state_dict(),
+        optimizers=[optimizer.state_dict() for optimizer in optimizers],
+    )
+    path = os.path.join(folder, "training_state.pt")
+    files.write_atomically(path, lambda temporary: torch.save(state, temporary))
 
 
 def resume(folder, model, ema, optimizers):
-    """Load what `save` wrote, if it is there -> steps done."""
+    """Load what `save_state` wrote, if it is there -> steps done."""
     state = read_state(folder)
     if state is None:
         return 0
@@ -555,36 +1041,52 @@ def resume(folder, model, ema, optimizers):
 
 def open_log(folder, done):
     """log.jsonl, opened to go on after `done` lines: those of steps that were lost are taken back."""
-    path = os.devnull if RANK else os.path.join(folder, "log.jsonl")
-    if not RANK:
-        for stale in pathlib.Path(folder).glob(".*-*"):  # of a save that was killed
-            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-        lines = open(path, encoding="utf-8", errors="replace").readlines() if os.path.exists(path) else []
-        files.write_text(path, "".join(lines[:done]))
+    if RANK > 0:
+        return open(os.devnull, "a")
+    for stale in pathlib.Path(folder).glob(".*-*"):  # of a save that was killed
+        if stale.is_dir():
+            shutil.rmtree(stale)
+        else:
+            stale.unlink()
+    path = os.path.join(folder, "log.jsonl")
+    lines = []
+    if os.path.exists(path):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            lines = file.readlines()
+    files.write_text(path, "".join(lines[:done]))
     return open(path, "a")
 
 
+# ---------------------------------------------------------------------------------------------------
+# 8. Optimisers
+# ---------------------------------------------------------------------------------------------------
+
+
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024); agrees with
-    torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), but in float32, where torch's bfloat16 is 15 times
-    slower on many CPUs."""
+    """Momentum, orthogonalised (Jordan et al. 2024).
+
+    Agrees with torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), but in float32, where torch's bfloat16 is 15
+    times slower on many CPUs.
+    """
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None:
-                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    momentum.lerp_(p.grad, 0.05)
-                    update = orthogonalise(p.grad.lerp(momentum, 0.95))  # Nesterov's
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
+                if p.grad is None:
+                    continue
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 0.05)
+                update = orthogonalise(p.grad.lerp(momentum, 0.95))  # Nesterov's
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
 
 
 def orthogonalise(x, steps=5):
     """A matrix -> about U V^T of its singular value decomposition, by Newton-Schulz iteration."""
     tall = x.shape[0] > x.shape[1]
-    x = x.mT if tall else x
+    if tall:
+        x = x.mT
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT
@@ -592,43 +1094,50 @@ def orthogonalise(x, steps=5):
     return x.mT if tall else x
 
 
-def new_optimizers(model, config, faster):
+def new_optimizers(model, settings, faster):
     """AdamW, and where the settings say so Muon on the matrices of the blocks -> [optimiser].
+
     Weights decay; A_log, D and dt_bias do not (mamba-ssm marks them so), nor do biases, norms and tables.
-    Each group's base_lr is its rate at the peak."""
+    faster: the modules that learn at new_lr.  Each group's base_lr is its rate at the peak.
+    """
     fast = {id(p) for module in faster for p in module.parameters()}
-    groups = {}  # (muon, rate, weight decay) -> parameters
+    groups = {}  # (by Muon?, rate, weight decay) -> parameters
     for name, p in model.named_parameters():
-        if p.requires_grad:
-            matrix = config["muon"] and "blocks." in name and p.ndim == 2 and "table" not in name
-            rate = config["new_lr"] or config["lr"] if id(p) in fast else config["lr"]
-            decay = config["weight_decay"] if p.ndim >= 2 and name.endswith("weight") else 0.0
-            groups.setdefault((matrix, rate, decay), []).append(p)
-    lists = {False: [], True: []}
-    for (matrix, rate, decay), parameters in groups.items():
-        lists[matrix].append(dict(params=parameters, lr=rate, base_lr=rate, weight_decay=decay))
-    optimizers = [torch.optim.AdamW(lists[False], **config["adamw"])] if lists[False] else []
-    return optimizers + ([Muon(lists[True], {})] if lists[True] else [])
+        if not p.requires_grad:
+            continue
+        by_muon = settings.muon and "blocks." in name and p.ndim == 2 and "table" not in name
+        rate = settings.lr
+        if id(p) in fast and settings.new_lr is not None:
+            rate = settings.new_lr
+        decay = settings.weight_decay if p.ndim >= 2 and name.endswith("weight") else 0.0
+        groups.setdefault((by_muon, rate, decay), []).append(p)
+    adamw = []
+    muon = []
+    for (by_muon, rate, decay), parameters in groups.items():
+        group = dict(params=parameters, lr=rate, base_lr=rate, weight_decay=decay)
+        (muon if by_muon else adamw).append(group)
+    optimizers = []
+    if adamw:
+        optimizers.append(torch.optim.AdamW(adamw, betas=settings.betas, eps=settings.eps))
+    if muon:
+        optimizers.append(Muon(muon, {}))
+    return optimizers
 
 
-def set_rates(optimizers, step, config):
+def set_rates(optimizers, step, settings):
     """Warm-up, then constant, then down to zero -> the rate of most parameters."""
-    factor = min(1.0, (step + 1) / config["warmup"])
-    if config["decay"]:
-        factor *= min(1.0, (config["steps"] - step) / (config["decay"] * config["steps"]))
+    factor = min(1.0, (step + 1) / settings.warmup)
+    if settings.decay > 0:
+        factor *= min(1.0, (settings.steps - step) / (settings.decay * settings.steps))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-    return config["lr"] * factor
+    return settings.lr * factor
 
 
-def sum_over_processes(tensors):
-    """Sum each tensor of a list over all processes, in place."""
-    if WORLD > 1 and tensors:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
-        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(total.view_as(tensor))
+# ---------------------------------------------------------------------------------------------------
+# 9. The command line
+# ---------------------------------------------------------------------------------------------------
 
 
 def run(args):
@@ -638,18 +1147,28 @@ def run(args):
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)
         files.start_processes()
-    names = stages_to_run(args)
-    for name in names:
-        fewest = settings(name, args)["batch_size"] // max(settings(name, args)["sizes"]) ** 2
-        if max(1, fewest) < WORLD:
-            why = f"{fewest} images of its largest size cannot be shared by {WORLD} processes"
-            raise ValueError(f"{name}: {why}; give a larger --batch-size")
-    print(f"{' then '.join(names)}, into {args.out}")
-    print(t2md.kernels_in_use(args.device, getattr(torch, args.dtype)))
-    for name in names:
-        job = resolve(name, args)
-        with files.lock(job.folder):
-            train_stage(job, args)
+    torch.empty(0, device=args.device)  # a device that is not there is said before anything is looked at
+    if args.device.startswith("cuda"):  # the CPU's memory is for batches alone, and enough for that
+        files.keep_freed_memory(largest=True)
+    jobs = plan(args)
+    print(f"{' then '.join(job.name for job in jobs) or 'nothing is left to train'}, into {args.out}")
+    for job in jobs:
+        with files.lock(place_of(job.name, args.out)):
+            if job.name == "parts":
+                train_parts(job)
+            else:
+                attention = job.settings.float32_attention and job.dtype == "bfloat16"
+                print(t2md.kernels_in_use(job.device, getattr(torch, job.dtype), attention))
+                train(job)
+
+
+def train_parts(job):
+    """Train the shapes world's VAEs and text encoders, those that are not there yet."""
+    with files.rank_zero_first():
+        for part in PARTS:
+            folder = os.path.join(job.folder, part)
+            if RANK == 0 and not finished(folder):
+                parts.train_part(part, job.seed, folder)
 
 
 # fmt: off
@@ -660,7 +1179,7 @@ def parse_arguments(argv=None):
     add("--stage", required=True, choices=(*CHAIN, "all"), help="what to run, after what it needs")
     add("--config", default="shapes", choices=CONFIGS, help="the embedded world, or the paper's model")
     add("--quick", action="store_true", help="forcing and kd of the shapes world in three minutes")
-    add("--data", default="shapes", help="shapes (default), a folder of images or tar shards, or a quoted "
+    add("--data", help="shapes (default with --config shapes), a folder of images or tar shards, or a quoted "
         "glob of shards; `python -m data.images SOURCE` shows what is in it")
     add("--cache", metavar="DIR", help="encode images and captions once, into DIR, and train from there")
     add("--out", help="folder of all checkpoints, logs and pictures (default: runs/CONFIG)")
@@ -684,7 +1203,7 @@ def parse_arguments(argv=None):
     add("--debug", action="store_true", help="show where an error comes from")
     add = parser.add_argument_group("of the stage that --stage names (with all: of every one)").add_argument
     add("--steps", type=int, help="optimiser steps in all; more than before continues a finished stage")
-    add("--batch-size", type=int, help="images of base size a step, over all processes")
+    add("--batch-size", type=int, help="images of base size per step, over all processes")
     add("--lr", type=float, help="peak learning rate")
     add("--timesteps", type=float, nargs=2, metavar=("MEAN", "DEVIATION"), help="t is normal, not uniform")
     add("--snr-weight", type=float, metavar="A", help="see `noise_weight`; 0: no weights")
@@ -694,9 +1213,14 @@ def parse_arguments(argv=None):
     add("--example-size", type=int, metavar="PX", help="their side")
     # fmt: on
     args = parser.parse_args(argv)
-    args.out = args.out or CONFIGS[args.config]["out"]
-    args.pattern = args.pattern or CONFIGS[args.config]["pattern"]
-    if set(args.pattern) - {"S", *t2md.SCANS}:
+    config = CONFIGS[args.config]
+    args.out = args.out or config.out
+    args.pattern = args.pattern or config.pattern
+    if args.data is None and args.config != "shapes":
+        parser.error(f"--config {args.config} needs --data: a folder of images or tar shards (or: shapes)")
+    args.data = args.data or "shapes"
+    unknown = set(args.pattern) - set("S") - set(t2md.SCANS)
+    if unknown:
         parser.error(f"--pattern {args.pattern} must be made of the letters S {' '.join(t2md.SCANS)}")
     for name in ("steps", "batch_size", "micro_batch", "save_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:

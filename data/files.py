@@ -1,4 +1,8 @@
-"""Files and seeds: nothing that exists is ever lost, every random draw is a function of its place."""
+"""Files, seeds and processes, for every command here.
+
+Files are written whole or not at all, and a folder with results is never mixed with other settings.
+Every random draw is a function of its place: seed, stage, step and index in the batch.
+"""
 
 import contextlib
 import ctypes
@@ -18,62 +22,117 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-launched = dist.is_torchelastic_launched()  # else a cluster may have left variables of these names
-RANK, WORLD = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
+# A cluster's launcher may set RANK and WORLD_SIZE too; they count only where torchrun started the process.
+UNDER_TORCHRUN = dist.is_torchelastic_launched()
+RANK = int(os.environ["RANK"]) if UNDER_TORCHRUN else 0
+WORLD = int(os.environ["WORLD_SIZE"]) if UNDER_TORCHRUN else 1
+
+# -- seeds ---------------------------------------------------------------------------------------------------
 
 
 def generator(seed, stage, step, index):
-    """The torch.Generator of one sample. It depends on no restart, nor on how processes share a batch."""
+    """Return the torch.Generator of one sample.
+
+    It depends neither on restarts nor on how processes share a batch.
+    """
     digest = hashlib.sha256(f"{seed}/{stage}/{step}/{index}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def noise_for(seed, channels, h, w, level=0):
-    """The noise (1, channels, h, w) of one image, drawn on the CPU: a function of its seed and, where a
-    picture is made at several sizes, of which one it is."""
-    g = generator(seed, "noise", level, 0) if level else torch.Generator().manual_seed(seed)
-    return torch.randn(1, channels, h, w, generator=g)
+    """Return the noise of one image, (1, channels, h, w), drawn on the CPU from its seed.
+
+    level: which size it is, where one picture is made at several; each has its own noise.
+    """
+    if level:
+        of_image = generator(seed, "noise", level, 0)
+    else:
+        of_image = torch.Generator().manual_seed(seed)
+    return torch.randn(1, channels, h, w, generator=of_image)
+
+
+# -- processes -----------------------------------------------------------------------------------------------
+
+COLLECTIVE = datetime.timedelta(minutes=30)  # a process that is silent for so long in a step is lost
+FILES = datetime.timedelta(days=7)  # the first process may draw, encode or index for days
+waiting_group = None  # the processes that wait for files; None: the default group
+
+
+def start_processes():
+    """Join the other processes that torchrun started. Only the first one prints."""
+    global waiting_group
+    dist.init_process_group(timeout=COLLECTIVE)  # each device has its own backend
+    waiting_group = dist.new_group(backend="gloo", timeout=FILES)
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def wait_for_all():
+    """Wait, for days if need be, until every process has come here."""
+    if WORLD > 1:
+        dist.barrier(group=waiting_group)
 
 
 @contextlib.contextmanager
 def rank_zero_first():
-    """What is inside runs on the first process, then on the others: they find on disk what it has made."""
-    if RANK:
-        dist.barrier()
+    """Run the block in the first process, then in the others, which find its files on disk."""
+    if RANK > 0:
+        wait_for_all()
     yield
-    if WORLD > 1 and not RANK:
-        dist.barrier()
+    if RANK == 0:
+        wait_for_all()
 
 
-def start_processes():
-    """Under torchrun: meet the others; the first process speaks for all."""
-    # Each device has its own backend; a week: others wait while the first process draws, encodes or saves.
-    dist.init_process_group(timeout=datetime.timedelta(days=7))
-    if RANK:
-        sys.stdout = open(os.devnull, "w")
+# -- reading and writing -------------------------------------------------------------------------------------
+
+
+def make_folder(folder):
+    """Make a folder, and those above it, if absent.  Raises ValueError if a file is in the way."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"{folder} is, or lies below, a file; give a folder, or a new name") from error
+
+
+def flush(path):
+    """Make a file, or a folder's list of files, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace(written, path):
+    """Rename a written file to `path`; after a power cut that is the old file or the whole new one."""
+    flush(written)  # else the rename may survive, and the bytes not
+    os.replace(written, path)
+    with contextlib.suppress(OSError):  # some network drives refuse it for a folder
+        flush(os.path.dirname(os.path.abspath(path)))
 
 
 def write_atomically(path, write):
-    """write(temporary path), then rename: whoever reads `path` finds the old or the new."""
+    """Call write(temporary path), then rename: a reader of `path` finds the old file or the whole new one."""
     folder, name = os.path.split(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as temporary:
-        write(os.path.join(temporary, name))
-        os.replace(os.path.join(temporary, name), path)
+        written = os.path.join(temporary, name)
+        write(written)
+        replace(written, path)
 
 
 def write_text(path, text):
-    """`write_atomically` for a string."""
+    """Write a string by `write_atomically`."""
     write_atomically(path, lambda temporary: pathlib.Path(temporary).write_text(text, encoding="utf-8"))
 
 
 def write_json(path, value):
-    """`write_atomically` for what JSON can hold."""
+    """Write what JSON can hold by `write_atomically`."""
     write_text(path, json.dumps(value, indent=1))
 
 
 def read_json(path):
-    """The value in a JSON file.  Raises ValueError, naming the file, if it holds none."""
+    """Return the value in a JSON file.  Raises ValueError, naming the file, if it is not JSON."""
     try:
         return json.loads(pathlib.Path(path).read_bytes())
     except (ValueError, RecursionError) as error:
@@ -81,7 +140,7 @@ def read_json(path):
 
 
 def write_png(path, image, **text_fields):
-    """`write_atomically` for a PIL picture, with text fields of the PNG."""
+    """Write a PIL picture by `write_atomically`, with text fields of the PNG."""
     info = PngInfo()
     for name, value in text_fields.items():
         info.add_itxt(name, str(value))
@@ -89,80 +148,125 @@ def write_png(path, image, **text_fields):
 
 
 def fingerprint(path_or_repo):
-    """A short name of a model: of all bytes of configs, tokenizer and weights; a repository is its own."""
+    """Return a short name of a model: a repository's own, or a hash of a folder's files.
+
+    Every byte of configs, tokenizer and weights counts; logs and pictures do not.
+    """
     if not os.path.isdir(path_or_repo):
         return path_or_repo
-    kinds = ("config.json", "tokenizer.json", "spiece.model", ".safetensors", ".bin")
+    endings = ("config.json", "tokenizer.json", "spiece.model", ".safetensors", ".bin")
     digest = hashlib.sha256()
     for path in sorted(pathlib.Path(path_or_repo).rglob("*")):
-        if path.name.endswith(kinds):
+        if path.name.endswith(endings):
             with open(path, "rb") as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
             digest.update(f"{path.relative_to(path_or_repo)} {content}".encode())
     return digest.hexdigest()[:16]
 
 
-def claim(folder, made_with):
-    """Note in `folder` what it is made with.  Raises ValueError, naming what differs, if it was begun with
-    anything else."""
-    path, made_with = os.path.join(folder, "made_with.json"), json.loads(json.dumps(made_with))
+# -- what a folder was made with -----------------------------------------------------------------------------
+
+
+def check_made_with(folder, made_with):
+    """Raise ValueError, naming what differs, if `folder` was made with other things.
+
+    made_with: a dict of what a result depends on. A folder without made_with.json is free.
+    """
+    path = os.path.join(folder, "made_with.json")
+    if not os.path.exists(path):
+        return
+    noted = read_json(path)
+    given = json.loads(json.dumps(made_with))  # tuples become lists, as in the file
+    differences = []
+    for name in sorted(noted.keys() | given.keys()):
+        if noted.get(name) != given.get(name):
+            differences.append(f"{name} {noted.get(name)}, not {given.get(name)}")
+    if differences:
+        differ = ", ".join(differences)
+        raise ValueError(f"{folder} was made with {differ}; give the same again, or another folder")
+
+
+def note_made_with(folder, made_with):
+    """Check as `check_made_with`, then write made_with.json if it is absent.
+
+    Call it when the folder is about to hold something that other settings would spoil.
+    """
+    path = os.path.join(folder, "made_with.json")
     with rank_zero_first():
+        check_made_with(folder, made_with)
         if not os.path.exists(path):
             write_json(path, made_with)
-        noted = read_json(path)
-        if names := sorted(k for k in {*noted, *made_with} if noted.get(k) != made_with.get(k)):
-            differ = ", ".join(f"{k} {noted.get(k)}, not {made_with.get(k)}" for k in names)
-            raise ValueError(f"{folder} was made with {differ}; give the same again, or another folder")
 
 
 @contextlib.contextmanager
 def lock(folder):
-    """What is inside runs in one process, or group of them, at a time.  Raises ValueError for a second."""
-    os.makedirs(folder, exist_ok=True)
+    """Run the block in one run at a time.  Raises ValueError if another run is in it."""
+    make_folder(folder)
     with open(os.path.join(folder, ".lock"), "a") as file:
-        if not RANK:
+        if RANK == 0:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise ValueError(f"{folder} is in use by another run; wait, or give another") from error
-            except OSError:  # some network drives have no locks
-                pass
+            except OSError:
+                pass  # some network drives have no locks
         yield
 
 
+# -- pictures and names --------------------------------------------------------------------------------------
+
+
 def slug(text):
-    """ "+ teacher forcing: T2MD" -> "teacher-forcing-t2md", for the name of a file."""
+    """Turn "+ teacher forcing: T2MD" into "teacher-forcing-t2md", for the name of a file."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def contact_sheet(rows, side, captions=None):
-    """Rows of PIL pictures, each fitted into a square of `side` pixels, above its caption if there are any
-    (rows of strings) -> one picture."""
-    height = side + (36 if captions else 0)  # three lines of text
-    sheet = Image.new("RGB", (side * max(map(len, rows)), height * len(rows)), "white")
-    for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            sheet.paste(ImageOps.contain(picture, (side, side), Image.BOX), (x * side, y * height))
+    """Paste rows of PIL pictures into one, each fitted into a square of `side` pixels.
+
+    captions: rows of strings like `rows`; each is written below its picture, in three lines at most.
+    """
+    below = 36 if captions else 0  # pixels for three lines of text
+    columns = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (side * columns, (side + below) * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, row in enumerate(rows):
+        y = i * (side + below)
+        for j, picture in enumerate(row):
+            x = j * side
+            sheet.paste(ImageOps.contain(picture, (side, side), Image.BOX), (x, y))
             if captions:
-                text = "\n".join(textwrap.wrap(captions[y][x], side // 6)[:3])
-                ImageDraw.Draw(sheet).text((x * side + 2, y * height + side), text, fill="black")
+                lines = textwrap.wrap(captions[i][j], side // 6)
+                draw.text((x + 2, y + side), "\n".join(lines[:3]), fill="black")
     return sheet
 
 
+# -- commands ------------------------------------------------------------------------------------------------
+
+
 def keep_freed_memory(largest=False):
-    """Tell glibc to keep what tensors free: handing it back costs page faults, a sixth of a training step.
-    largest: also what is over 32 MiB. Half the time of a Mamba mixer at 2048 px, for a third more memory."""
-    with contextlib.suppress(AttributeError):  # another library has no mallopt
+    """Tell glibc to keep the memory that tensors free: giving it back costs page faults.
+
+    largest: also blocks over 32 MiB, which is quicker at 2048 px and takes more memory.
+    """
+    with contextlib.suppress(AttributeError):  # another C library has no mallopt
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its highest
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-8, 1)  # M_ARENA_MAX: a thread's own arena would give large blocks back
         if largest:
             mallopt(-4, 0)  # M_MMAP_MAX
 
 
 def as_command(name, run, args, stopped="stopped"):
-    """run(args), of any command here: whatever is wrong becomes one sentence and exit code 1; so does Ctrl-C,
-    and `stopped` says what is kept."""
+    """Call run(args) as a command: an exception becomes one sentence and exit code 1, so does Ctrl-C.
+
+    stopped: what Ctrl-C says.  args.debug: show the whole traceback instead.
+    """
+    several = os.environ.get("WORLD_SIZE", "1") != "1" or os.environ.get("RANK", "0") != "0"
+    if several and not UNDER_TORCHRUN:
+        why = "RANK and WORLD_SIZE are set, but not by torchrun"
+        print(f"{name}: {why}: this is a single process; start several by torchrun", file=sys.stderr)
     keep_freed_memory()
     try:
         return run(args)

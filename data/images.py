@@ -3,20 +3,23 @@
     python -m data.images SOURCE [--size 512]   # what is in a data set: buckets, what is skipped and why
 
 Every random draw is a function of (seed, stage, step, index in the global batch).
+Sections: 1 how an image looks - 2 buckets - 3 the cache's files - 4 ImageData - 5 batches ahead - 6 command.
 """
 
 import argparse
+import collections
 import concurrent.futures
 import contextlib
-import functools
+import hashlib
 import io
 import itertools
+import json
 import os
+import threading
 import zlib
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from diffusers.pipelines.pixart_alpha import pipeline_pixart_sigma as tables
 from PIL import Image, ImageCms, ImageOps
 from safetensors import safe_open
@@ -24,214 +27,430 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from data import files
-from data.index import Index, progress
-from t2md import load_part, pad_features
+from data.index import FORMATS, Index, progress
+from t2md import load_part
 
-SHARD = 1000  # entries of a file of the cache
+# -- 1. how an image looks -----------------------------------------------------------------------------------
 
 
 def to_rgb(image):
-    """Any PIL image as a person sees it, in sRGB: upright, by its colour profile, over white; 16 bits and
-    floats (up to 1, or up to 255) scaled to 8."""
+    """Return any PIL image as a person sees it: upright, in sRGB by its colour profile, over white.
+
+    16 bits, and floats up to 1 or up to 255, are scaled to 8 bits.
+    """
     image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":
+    if image.mode[0] in "IF":  # integers of 16 or 32 bits, floats
         grey = np.nan_to_num(np.asarray(image, np.float32))
-        grey = grey / 257 if image.mode[0] == "I" else grey * (255 if grey.max() <= 1 else 1)
+        if image.mode[0] == "I":
+            grey = grey / 257
+        elif grey.max() <= 1:
+            grey = grey * 255
         image = Image.fromarray(np.uint8(grey.clip(0, 255)))
-    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-    image = image if image.mode == "CMYK" else image.convert("RGB")
-    # it may have no profile, or one that cannot be read, or of other colours
+    alpha = None
+    if image.has_transparency_data:
+        alpha = image.convert("RGBA").getchannel("A")
+    if image.mode != "CMYK":  # whose profile is for its own four colours
+        image = image.convert("RGB")
+    # There may be no profile, or one that cannot be read, or one of other colours.
     with contextlib.suppress(ImageCms.PyCMSError, OSError, KeyError):
         profile = io.BytesIO(image.info["icc_profile"])
         image = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     image = image.convert("RGB")
-    return Image.composite(image, Image.new("RGB", image.size, "white"), alpha) if alpha else image
+    if alpha is None:
+        return image
+    return Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
 
 
 def to_pixels(images):
-    """List of equally large PIL images -> (B, 3, h, w) in [-1, 1]."""
+    """Turn a list of equally large PIL images into pixels in [-1, 1], (B, 3, h, w)."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def aspect_ratios(pixels):
-    """The buckets of a base size: {height / width: (height, width)}, from the tables that diffusers ships."""
-    scaled = {}
-    for ratio, sides in tables.ASPECT_RATIO_1024_BIN.items():
-        scaled[ratio] = [max(16, round(side * pixels / 1024 / 16) * 16) for side in sides]
-    return getattr(tables, f"ASPECT_RATIO_{pixels}_BIN", scaled)
+# -- 2. buckets ----------------------------------------------------------------------------------------------
 
 
-def nearest_buckets(heights, widths, pixels):
-    """Sizes of n images -> their buckets', (n, 2); diffusers' classify_height_width_bin, for all at once."""
-    table = sorted((float(ratio), sides) for ratio, sides in aspect_ratios(pixels).items())
-    ratios = np.array([ratio for ratio, _ in table])
-    nearest = np.searchsorted((ratios[1:] + ratios[:-1]) / 2, heights / widths)
-    return np.array([sides for _, sides in table], int)[nearest]
+def aspect_ratios(pixels, multiple=16, ratios=None):
+    """Return the buckets of a base size, {name, about height / width: (height, width)} in pixels.
+
+    They are the tables that diffusers ships, scaled for sizes that it has none for.
+    multiple: sides are multiples of it, such as VAE factor x patch size.
+    ratios: the names of those that are used, such as ("1.0",) for squares alone; None: all.
+    """
+    table = getattr(tables, f"ASPECT_RATIO_{pixels}_BIN", None)
+    scale = 1.0
+    if table is None:
+        table = tables.ASPECT_RATIO_1024_BIN
+        scale = pixels / 1024
+    buckets = {}
+    for name in ratios or table:
+        height, width = (max(1, round(scale * side / multiple)) * multiple for side in table[name])
+        buckets[name] = (height, width)
+    return buckets
+
+
+def nearest_buckets(heights, widths, pixels, multiple=16, ratios=None):
+    """Return the bucket of each of n images, (n, 2): what diffusers' classify_height_width_bin chooses."""
+    buckets = aspect_ratios(pixels, multiple, ratios)
+    table = sorted((float(name), sides) for name, sides in buckets.items())
+    names = np.array([name for name, _ in table])
+    sides = np.array([sides for _, sides in table], np.int32)
+    halfway = (names[1:] + names[:-1]) / 2
+    return sides[np.searchsorted(halfway, heights / widths)]
+
+
+# -- 3. the cache's files ------------------------------------------------------------------------------------
+
+SHARD = 1000  # entries of a file
+OPEN = 20_000  # files kept mapped at once; Linux allows 65,530 maps
+
+
+class Packed:
+    """Tensors in half precision, numbered, a thousand a file, which are read by memory map.
+
+    A file holds `values`, all its tensors joined along their first axis; `offsets`, where each begins, and
+    the end; and `seen`, the number of the image or caption that each was really made of.
+    name: of the files; it must stand for all that the tensors depend on.  count: how many tensors there are.
+    """
+
+    def __init__(self, folder, name, count):
+        self.prefix = os.path.join(folder, name)
+        self.count = count
+        self.opened = {}
+
+    def path(self, k):
+        """Return the path of the file that tensor k is in."""
+        return f"{self.prefix}-{k // SHARD:05}.safetensors"
+
+    def missing(self):
+        """Return the number ranges of the files that are not there: this process's share of them."""
+        starts = range(0, self.count, SHARD)[files.RANK :: files.WORLD]
+        return [range(k, min(k + SHARD, self.count)) for k in starts if not os.path.exists(self.path(k))]
+
+    def write(self, first, entries):
+        """Write the file that begins with number `first`.  entries: its [(seen, tensor)]."""
+        lengths = [len(tensor) for _, tensor in entries]
+        packed = dict(
+            values=torch.cat([tensor.half() for _, tensor in entries]),
+            offsets=torch.tensor(list(itertools.accumulate(lengths, initial=0))),
+            seen=torch.tensor([seen for seen, _ in entries]),
+        )
+        files.write_atomically(self.path(first), lambda temporary: save_file(packed, temporary))
+
+    def open(self, path):
+        """Map a file into memory -> its three tensors.  Raises ValueError if it is damaged."""
+        try:
+            with safe_open(path, "pt") as file:  # its tensors are views of the map
+                return [file.get_tensor(name) for name in ("values", "offsets", "seen")]
+        except Exception as error:  # a SafetensorError does not name the file
+            raise ValueError(f"{path} is damaged ({error}); remove it, and it is made again") from error
+
+    def get(self, k):
+        """Return (seen, tensor) of a number; the tensor is in half precision, and read when it is used."""
+        path = self.path(k)
+        shard = self.opened.get(path)
+        if shard is None:
+            if len(self.opened) >= OPEN:
+                self.opened.clear()
+            shard = self.open(path)
+            self.opened[path] = shard
+        values, offsets, seen = shard
+        start, end = offsets[k % SHARD : k % SHARD + 2].tolist()
+        return int(seen[k % SHARD]), values[start:end]
+
+
+# -- 4. ImageData --------------------------------------------------------------------------------------------
 
 
 class ImageData:
     """Captioned images in buckets of like aspect ratio, as batches for training.
 
-    source: see `find_pieces`.  pixels: base size of the buckets.  folder: where the index is kept.
+    source: see data/README.md.  pixels: base size of the buckets.  multiple: see `aspect_ratios`.
     vae, text_encoder: None if the images are only looked at.
     cache: None, or a folder: moments and caption features are computed once, into it, and both parts let go.
+    enlarge: an image that would have to be enlarged more than so many times is skipped.
+    ratios: see `aspect_ratios`; an image is cut to the nearest.
     Attributes: buckets: {(height, width): numbers of images}.  skipped: {reason: count}.
-    Raises ValueError, saying what was looked for, if nothing is usable; if the cache is of other parts.
+    digest: the name of what the images and captions are, wherever they lie.
+    Raises ValueError, saying what was looked for, if nothing is usable.
     """
 
-    def __init__(self, source, pixels, vae, text_encoder, seed, folder, cache=None):
-        self.vae, self.text_encoder, self.cache = vae, text_encoder, cache
-        self.pixels, self.seed, self.index = pixels, seed, Index(source, folder)
-        sizes, self.skipped = self.index.images[:, :2], self.index.skipped
-        buckets = nearest_buckets(*sizes.T, pixels)
-        large = (buckets <= 4 * sizes).all(1)
-        if not large.all():
-            self.skipped[f"too small to be enlarged to about {pixels} pixels"] = int((~large).sum())
-        if not large.any():
-            what = "metadata.jsonl or .csv, tar shards, or images with a .txt beside each"
-            raise ValueError(f"{source} has no usable image; looked for {what}, skipped {dict(self.skipped)}")
-        self.rows, self.sizes = np.flatnonzero(large), buckets[large]
-        self.captions, self.buckets = self.index.images[large, 2], {}
-        for bucket in np.unique(self.sizes, axis=0).tolist():
-            self.buckets[tuple(bucket)] = np.flatnonzero((self.sizes == bucket).all(1))
+    # fmt: off
+    def __init__(self, source, pixels, vae, text_encoder, seed, cache=None,
+                 multiple=16, enlarge=2.0, ratios=None):
+        # fmt: on
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.pixels = pixels
+        self.seed = seed
+        self.index = Index(source)
+        self.digest = self.index.digest
+        self.skipped = self.index.skipped
+        self.fill_buckets(source, multiple, enlarge, ratios)
         self.decoders = concurrent.futures.ThreadPoolExecutor()
-        if cache:
-            self.open_shard = functools.lru_cache(maxsize=64)(self.open_shard)  # each is a memory map
-            made_with = dict(vae=vae.source, text_encoder=text_encoder.source)
-            files.claim(cache, {part: files.fingerprint(source) for part, source in made_with.items()})
+        self.lock = threading.Lock()
+        self.broken = set()  # numbers of images that could not be decoded
+        self.cached = cache is not None
+        if self.cached:
+            files.make_folder(cache)
+            of_captions = [self.digest, files.fingerprint(text_encoder.source), text_encoder.max_length]
+            of_images = [self.digest, files.fingerprint(vae.source), pixels, multiple, float(enlarge), ratios]
+            self.cached_captions = Packed(cache, cache_name("captions", of_captions), self.index.count)
+            self.cached_images = Packed(cache, cache_name(f"{pixels}px", of_images), len(self.rows))
             self.fill_cache()
-            self.vae = self.text_encoder = None  # nothing asks them any more: they may leave the device
 
-    def order(self, images):
-        """Endless: the images of one batch after the other, each of one bucket. In an epoch every image comes
-        once; what fills no batch of its bucket comes first in the next."""
-        streams = {bucket: np.zeros(0, int) for bucket in self.buckets}
+    def fill_buckets(self, source, multiple, enlarge, ratios):
+        """Number the images that are large enough, and sort them into buckets."""
+        images = self.index.images
+        heights = images[:, 0]
+        widths = images[:, 1]
+        sizes = nearest_buckets(heights, widths, self.pixels, multiple, ratios)
+        large = (sizes[:, 0] <= enlarge * heights) & (sizes[:, 1] <= enlarge * widths)
+        small = len(images) - int(large.sum())
+        if small:
+            limit = f"more than {enlarge:g} times for {self.pixels} pixels"
+            self.skipped[f"too small: would have to be enlarged {limit}"] = small
+        if small == len(images):
+            what = "metadata.jsonl or .csv, images with a .txt beside each, or tar shards"
+            raise ValueError(f"{source} has no usable image; looked for {what}, skipped {dict(self.skipped)}")
+        self.rows = np.flatnonzero(large).astype(np.int32)  # number of an image here -> its row of the index
+        self.captions = images[large, 2]
+        self.sizes = sizes[large].astype(np.int16)
+        self.buckets = {}
+        for height, width in sorted(set(aspect_ratios(self.pixels, multiple, ratios).values())):
+            members = np.flatnonzero((self.sizes[:, 0] == height) & (self.sizes[:, 1] == width))
+            if len(members):
+                self.buckets[height, width] = members.astype(np.int32)
+
+    def order(self, images, stage):
+        """Yield, without end, the numbers of the images of one batch after the other, each of one bucket.
+
+        It is a function of seed, stage and epoch. In an epoch every image comes once; what fills no batch of
+        its bucket comes first in the next epoch.
+        """
+        left = {bucket: np.zeros(0, np.int32) for bucket in self.buckets}
         for epoch in itertools.count():
-            generator, batches = np.random.default_rng([self.seed, zlib.crc32(b"order"), epoch, 0]), []
+            rng = np.random.default_rng([self.seed, zlib.crc32(f"order/{stage}".encode()), epoch])
+            batches = []
             for bucket, members in self.buckets.items():
-                stream = np.concatenate([streams[bucket], generator.permutation(members)])
+                stream = np.concatenate([left[bucket], rng.permutation(members)])
                 whole = len(stream) // images * images
                 batches.append(stream[:whole].reshape(-1, images))
-                streams[bucket] = stream[whole:]
+                left[bucket] = stream[whole:]
             batches = np.concatenate(batches)
-            yield from (batches[k].tolist() for k in generator.permutation(len(batches)))
-
-    def picture(self, k):
-        """Image k -> (its number, its middle, scaled to cover its bucket). Where it is broken the next of its
-        bucket, or if need be of all, takes its place."""
-        size = tuple(self.sizes[k].tolist())
-        members = self.buckets[size]
-        for number in itertools.chain(members[members >= k], members, range(len(self.rows))):
-            try:
-                image = to_rgb(Image.open(io.BytesIO(self.index.bytes_of(self.rows[number]))))
-                return int(number), ImageOps.fit(image, size[::-1], Image.LANCZOS)
-            except Exception as error:  # decoders raise anything
-                self.skipped[f"not decodable ({type(error).__name__})"] += number == k
-        raise ValueError(f"not one of {len(self.rows)} images can be decoded")
+            for k in rng.permutation(len(batches)):
+                yield batches[k].tolist()
 
     def caption(self, k):
+        """Return the caption of image k."""
         return self.index.caption(self.captions[k])
 
-    # the cache: a file for every SHARD captions, or images, each a tensor that is named by its number
+    def substitutes(self, k):
+        """Yield image k, then the others of its bucket from there on, then all images."""
+        height, width = self.sizes[k].tolist()
+        members = self.buckets[height, width]
+        place = int(np.searchsorted(members, k))
+        for step in range(len(members)):
+            yield int(members[(place + step) % len(members)])
+        yield from range(len(self.rows))
 
-    def path(self, kind, k):
-        return os.path.join(self.cache, f"{kind}-{self.index.digest}-{k // SHARD:05}.safetensors")
+    def picture(self, k):
+        """Return (the number of the image seen, its middle scaled to cover image k's bucket).
 
-    def open_shard(self, path):
-        try:
-            return safe_open(path, "pt")
-        except Exception as error:  # a SafetensorError that does not name it
-            raise ValueError(f"{path} is damaged ({error}); remove it, and it is made again") from error
+        The image seen is k, or where that is broken the first of its substitutes that is not.
+        """
+        height, width = self.sizes[k].tolist()
+        for number in self.substitutes(k):
+            try:
+                content = io.BytesIO(self.index.bytes_of(self.rows[number]))
+                image = to_rgb(Image.open(content, formats=FORMATS))
+                return number, ImageOps.fit(image, (width, height), Image.LANCZOS)
+            except Exception as error:  # decoders raise anything
+                with self.lock:
+                    if number not in self.broken:
+                        self.broken.add(number)
+                        self.skipped[f"not decodable ({type(error).__name__})"] += 1
+        raise ValueError(f"not one of {len(self.rows)} images can be decoded")
 
     def fill_cache(self):
         """Compute the files that the cache lacks, this process's share; a run that was cut off goes on."""
-        captions = "captions", self.index.count, self.encoded_captions
-        images = f"{self.pixels}px", len(self.rows), self.encoded_images
-        for kind, count, encoded in (captions, images):
-            for first in progress(range(0, count, SHARD)[files.RANK :: files.WORLD], f"encoding {kind}"):
-                if not os.path.exists(path := self.path(kind, first)):
-                    tensors, last = {}, min(first + SHARD, count)
-                    for k in range(first, last, 16):
-                        tensors.update(encoded(range(k, min(k + 16, last))))
-                    files.write_atomically(path, functools.partial(save_file, tensors))
-        if files.WORLD > 1:
-            dist.barrier()
+        kinds = [
+            (self.cached_captions, self.encode_captions, "captions", self.text_encoder),
+            (self.cached_images, self.encode_images, f"images of {self.pixels} px", self.vae),
+        ]
+        for packed, encode, what, part in kinds:
+            missing = packed.missing()
+            if missing:
+                for numbers in progress(missing, f"encoding {what}"):
+                    entries = []
+                    for k in range(0, len(numbers), 16):
+                        entries.extend(encode(numbers[k : k + 16]))
+                    packed.write(numbers[0], entries)
+            part.unload()  # it may leave the device: nothing asks it any more
+        files.wait_for_all()
 
-    def encoded_captions(self, numbers):
-        """Pairs of a number and the features of its tokens."""
-        for n, features, mask in zip(numbers, *self.text_of(numbers)):
-            yield f"{n}", features[mask.bool()].half()
+    def encode_captions(self, numbers):
+        """Encode captions -> [(number, features of its tokens (T, width))]."""
+        features, mask = self.text_encoder([self.index.caption(n) for n in numbers])
+        return [(n, features[i, mask[i].bool()].cpu()) for i, n in enumerate(numbers)]
 
-    def encoded_images(self, numbers):
-        """Pairs of a number and its moments, and of "number shown" and the image that they are of."""
-        for n, seen, moments in zip(numbers, *self.moments_of(numbers)):
-            yield f"{n}", moments.half().contiguous()
-            yield f"{n} shown", torch.tensor(seen)
+    def encode_images(self, numbers):
+        """Encode images -> [(number seen, moments, flat)]: mean, then deviation, (2, C, h, w)."""
+        seen, moments = self.encode_pictures(numbers)
+        return [(number, both.flatten()) for number, both in zip(seen, moments)]
+
+    def encode_pictures(self, numbers):
+        """Decode and encode images -> the numbers of those that are seen, and the moments of each."""
+        seen = []
+        moments = []
+        for number, picture in self.decoders.map(self.picture, numbers):
+            seen.append(number)
+            # One by one: the VAE's memory does not grow with the number of images.
+            mean_and_std = self.vae.moments(to_pixels([picture]))
+            moments.append(torch.cat(mean_and_std).cpu())
+        return seen, moments
 
     def moments_of(self, numbers):
-        """Images -> the numbers of those that are seen, and of each mean and deviation, (2, C, h, w)."""
-        if self.vae is None:  # all is in the cache
-            shards = [self.open_shard(self.path(f"{self.pixels}px", k)) for k in numbers]
-            seen = [int(shard.get_tensor(f"{k} shown")) for shard, k in zip(shards, numbers)]
-            return seen, [shard.get_tensor(f"{k}").float() for shard, k in zip(shards, numbers)]
-        # one by one: the VAE's memory does not grow with the number of images
-        seen, pictures = zip(*self.decoders.map(self.picture, numbers))
-        return seen, [torch.cat(self.vae.moments(to_pixels([picture]))).cpu() for picture in pictures]
+        """Images of one bucket -> the numbers of those that are seen, and each one's moments (2, C, h, w)."""
+        if not self.cached:
+            return self.encode_pictures(numbers)
+        height, width = self.sizes[numbers[0]].tolist()
+        h = height // self.vae.factor
+        w = width // self.vae.factor
+        seen = []
+        moments = []
+        for k in numbers:
+            number, flat = self.cached_images.get(k)
+            seen.append(number)
+            moments.append(flat.view(2, -1, h, w))
+        return seen, moments
 
     def text_of(self, numbers):
-        """Numbers of captions -> features (B, T, width) and mask (B, T)."""
-        if self.text_encoder is None:
-            found = (self.open_shard(self.path("captions", n)).get_tensor(f"{n}") for n in numbers)
-            return pad_features([features.float() for features in found])
-        features, mask = self.text_encoder([self.index.caption(n) for n in numbers])
-        return features.float().cpu(), mask.cpu()
+        """Captions -> features (B, T, width) and mask (B, T), 1 for a token; T: the longest one's length."""
+        if not self.cached:
+            features, mask = self.text_encoder([self.index.caption(n) for n in numbers])
+            return features.float().cpu(), mask.cpu()
+        found = [self.cached_captions.get(n)[1] for n in numbers]
+        longest = max(len(features) for features in found)
+        text = torch.empty(len(found), longest, found[0].shape[1])
+        mask = torch.zeros(len(found), longest, dtype=torch.long)
+        for i, features in enumerate(found):
+            length = len(features)
+            text[i, :length] = features  # from half precision
+            text[i, length:] = 0
+            mask[i, :length] = 1
+        return text, mask
 
     def batch(self, chosen, generators, timesteps=None, drop=0.1):
-        """Numbers of images of one size, a torch.Generator for each -> dict of latents z0 and noise
-        (B, C, h, w), t (B,), text (B, T, width), mask (B, T).
+        """Make a batch: dict of latents z0 and noise (B, C, h, w), t (B,), text (B, T, width), mask (B, T).
 
-        timesteps: None, uniform; (mean, deviation) of a normal distribution, drawn again outside [0, 1000).
-        A caption is dropped (replaced by the empty one) with probability `drop`, for guidance.
+        chosen: numbers of images of one bucket.  generators: a torch.Generator for each.
+        timesteps: None for uniform ones, or (mean, deviation) of a normal distribution, cut to [0, 1000).
+        drop: the probability that a caption is replaced by the empty one, for guidance.
+        It may be called from several threads at once.
         """
-        numbers, moments = self.moments_of(chosen)
-        captions, t, z0, noise = [], [], [], []
-        for k, (mean, std), g in zip(numbers, moments, generators):
-            captions.append(0 if torch.rand((), generator=g) < drop else int(self.captions[k]))
-            t.append(torch.randint(1000, (), generator=g) if timesteps is None else torch.tensor(-1))
-            while not 0 <= t[-1] < 1000:
-                t[-1] = (timesteps[0] + timesteps[1] * torch.randn((), generator=g)).floor().long()
-            z0.append(mean + std * torch.randn(mean.shape, generator=g))
-            noise.append(torch.randn(mean.shape, generator=g))
+        seen, moments = self.moments_of(chosen)
+        captions = []
+        t = []
+        z0 = torch.empty(len(chosen), *moments[0].shape[1:])
+        noise = torch.empty_like(z0)
+        for i, generator in enumerate(generators):
+            dropped = torch.rand((), generator=generator) < drop
+            captions.append(0 if dropped else int(self.captions[seen[i]]))
+            t.append(draw_timestep(generator, timesteps))
+            mean, std = moments[i]
+            torch.randn(mean.shape, generator=generator, out=z0[i])
+            z0[i].mul_(std).add_(mean)
+            torch.randn(mean.shape, generator=generator, out=noise[i])
         text, mask = self.text_of(captions)
-        return dict(z0=torch.stack(z0), noise=torch.stack(noise), t=torch.stack(t), text=text, mask=mask)
+        return dict(z0=z0, noise=noise, t=torch.stack(t), text=text, mask=mask)
+
+
+def draw_timestep(generator, timesteps):
+    """Draw a timestep in [0, 1000): uniform, or of a normal distribution (mean, deviation), cut to that."""
+    if timesteps is None:
+        return torch.randint(1000, (), generator=generator)
+    mean, deviation = timesteps
+    while True:
+        t = (mean + deviation * torch.randn((), generator=generator)).floor().long()
+        if 0 <= t < 1000:
+            return t
+
+
+def cache_name(kind, made_of):
+    """Name the files of a cache after what their tensors are made of: a list of numbers and strings."""
+    return f"{kind}-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]}"
+
+
+# -- 5. batches ahead ----------------------------------------------------------------------------------------
+
+
+def ahead(make, jobs, steps=3, threads=2):
+    """Yield make(*job) of each job, in order, while up to `steps` more are computed in threads.
+
+    An exception is raised at its place. Closing the generator stops the threads.
+    """
+    pool = concurrent.futures.ThreadPoolExecutor(threads)
+    pending = collections.deque()
+    try:
+        for job in jobs:
+            pending.append(pool.submit(make, *job))
+            if len(pending) > steps:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# -- 6. the command ------------------------------------------------------------------------------------------
 
 
 def look(args):
-    """Print how many images each bucket has, what was skipped and why; write OUT/data.png, 24 of them."""
-    data = ImageData(args.source, args.size, None, None, 0, os.path.join(args.out, "index"))
+    """Print how many images each bucket has, what was skipped and why; write 24 of them to OUT/data.png."""
+    data = ImageData(args.source, args.size, None, None, 0, enlarge=args.enlarge)
     print(f"{len(data.rows)} images in {len(data.buckets)} buckets of about {args.size} x {args.size} px:")
     for (height, width), members in data.buckets.items():
         print(f"  {width:5} x {height:<5} {len(members):8}")
-    found = [data.picture(*batch) for batch in itertools.islice(data.order(1), min(24, len(data.rows)))]
+    shown = []
+    captions = []
+    for batch in itertools.islice(data.order(1, "look"), min(24, len(data.rows))):
+        number, picture = data.picture(batch[0])
+        shown.append(picture)
+        captions.append(data.caption(number))
     print(f"{sum(data.skipped.values())} skipped")
     for reason, count in data.skipped.most_common():
         print(f"  {count:8} {reason}")
+    enlarged = (data.sizes / data.index.images[data.rows, :2]).max(axis=1)
+    for limit in (1.25, 2.0):  # those of the stages: see train.py
+        count = int((enlarged > limit).sum())
+        if count:
+            print(f"{count} would be enlarged more than {limit:g} times: a stage with that limit skips them")
     if args.text_encoder:
-        tokenizer = load_part(AutoTokenizer, args.text_encoder, "tokenizer")
-        captions = (data.index.caption(n).lower().strip() for n in range(data.index.count))
-        cut = sum(len(tokenizer(caption, verbose=False).input_ids) > 120 for caption in captions)
-        print(f"{cut} captions longer than 120 tokens are cut")
-    print(path := os.path.join(args.out, "data.png"))
-    shown, captions = [picture for _, picture in found], [data.caption(k) for k, _ in found]
-    rows, captions = ([part[k : k + 6] for k in range(0, len(found), 6)] for part in (shown, captions))
-    files.write_png(path, files.contact_sheet(rows, 192, captions))
+        print(f"{count_long(data.index, args.text_encoder)} captions longer than 120 tokens are cut")
+    path = os.path.join(args.out, "data.png")
+    rows = [shown[k : k + 6] for k in range(0, len(shown), 6)]
+    below = [captions[k : k + 6] for k in range(0, len(shown), 6)]
+    files.write_png(path, files.contact_sheet(rows, 192, below))
+    print(path)
+
+
+def count_long(index, text_encoder):
+    """Return how many captions of an Index are longer than 120 tokens of a text encoder's tokenizer."""
+    tokenizer = load_part(AutoTokenizer.from_pretrained, text_encoder, "tokenizer")
+    count = 0
+    for number in range(index.count):
+        caption = index.caption(number).lower().strip()
+        count += len(tokenizer(caption, verbose=False).input_ids) > 120
+    return count
 
 
 def main():
     parser = argparse.ArgumentParser(description="Show what is in a data set of captioned images.")
     parser.add_argument("source", help="a folder, or a quoted pattern of tar shards (see data/README.md)")
     parser.add_argument("--size", type=int, default=512, help="base size of the buckets (default 512)")
-    parser.add_argument("--out", default="runs/data", help="folder of the index and data.png")
+    limit = "skip images that would be enlarged more than so many times (default 4)"
+    parser.add_argument("--enlarge", type=float, default=4.0, metavar="TIMES", help=limit)
+    parser.add_argument("--out", default="runs/data", help="folder of data.png (default runs/data)")
     parser.add_argument("--text-encoder", help="count captions that are too long for its tokenizer")
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     files.as_command("data.images", look, parser.parse_args())
