@@ -53,8 +53,9 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Config, Mamba2Mixer
 import sample
 import t2md
 import train
-from data import files, index, parts
+from data import checkpoints, files, index, parts
 from data.images import ImageData, to_pixels
+from data.prompts import read_prompts
 from data.shapes import BACKGROUND, score_shapes
 from t2md import T2MD, VAE, DiM, Mamba2, MambaMixer, TextEncoder, ssd, ssd_recurrence
 
@@ -1056,7 +1057,7 @@ def test_lists_of_prompts(checkpoint, tmp_path):
 
     def read(name, data):
         (tmp_path / name).write_bytes(data)
-        return [record["prompt"] for record in sample.read_prompts(str(tmp_path / name))]
+        return [record["prompt"] for record in read_prompts(str(tmp_path / name))]
 
     text, wanted = "a photo of a star\r\n\r\n  \r\na café\u2028 \r\n", ["a photo of a star", "a café"]
     assert read("a.txt", text.encode()) == read("a.TXT", codecs.BOM_UTF8 + text.encode()) == wanted
@@ -1239,11 +1240,11 @@ def chain():
 
 
 def raw_weights(out, stage):
-    return train.read_state(os.path.join(out, stage))["model"]
+    return checkpoints.read_state(os.path.join(out, stage))["model"]
 
 
 def steps_done(folder):
-    state = train.read_state(str(folder))
+    state = checkpoints.read_state(str(folder))
     return state["step"], state["steps"]
 
 
@@ -1576,13 +1577,16 @@ def test_attention_in_float32_is_kept_out_of_autocast(monkeypatch, float32):
     assert {dtype for dtype, _ in seen} == {torch.bfloat16}
 
 
-def test_a_stage_sets_float32_attention_as_its_settings_say(chain, monkeypatch):
+@pytest.mark.parametrize("stage", ["teacher", "forcing", "kd", "adapt"])
+def test_a_stage_sets_float32_attention_as_its_settings_say(chain, monkeypatch, stage):
     for wanted in (True, False):
-        settings = dataclasses.replace(train.SHAPES_SETTINGS["kd"], float32_attention=wanted)
-        monkeypatch.setitem(train.SHAPES_SETTINGS, "kd", settings)
-        networks = train.build(redo(chain, "kd"))
+        settings = dataclasses.replace(train.SHAPES_SETTINGS[stage], float32_attention=wanted)
+        monkeypatch.setitem(train.SHAPES_SETTINGS, stage, settings)
+        networks = train.build(redo(chain, stage))
         for model in (networks.model, networks.teacher):
-            assert model.blocks[0].mixer.float32 == wanted and not model.blocks[0].cross_attention.float32
+            if model is not None:
+                assert model.blocks[0].mixer.float32 == wanted
+                assert not model.blocks[0].cross_attention.float32
 
 
 def test_what_must_run_first(chain, tmp_path):
@@ -1604,7 +1608,7 @@ def test_what_must_run_first(chain, tmp_path):
     copy_parts(chain, tmp_path, "forcing vae text_encoder")
     assert names("--stage kd") == ["kd"]
     assert jobs_of(f"--stage teacher --out {tmp_path}")["teacher"].vae == str(tmp_path / "vae")
-    state = train.read_state(str(tmp_path / "forcing"))
+    state = checkpoints.read_state(str(tmp_path / "forcing"))
     state.update(steps=9)
     torch.save(state, tmp_path / "forcing" / "training_state.pt")
     assert names("--stage kd") == ["forcing", "kd"]
@@ -1615,13 +1619,13 @@ def test_what_must_run_first(chain, tmp_path):
 def test_a_stage_that_has_barely_begun_is_not_finished(chain, tmp_path):
     """A model without a training state was put there by somebody, unless the folder has been trained in."""
     copy_parts(chain, tmp_path, "kd")
-    assert train.finished(tmp_path / "kd")
+    assert checkpoints.finished(tmp_path / "kd")
     os.remove(tmp_path / "kd" / "training_state.pt")
-    assert not train.finished(tmp_path / "kd")
+    assert not checkpoints.finished(tmp_path / "kd")
     os.remove(tmp_path / "kd" / "log.jsonl")
-    assert train.finished(tmp_path / "kd")
+    assert checkpoints.finished(tmp_path / "kd")
     os.remove(tmp_path / "kd" / "config.json")
-    assert not train.finished(tmp_path / "kd")
+    assert not checkpoints.finished(tmp_path / "kd")
 
 
 def test_pictures_that_cannot_be_drawn_lose_no_steps(chain, tmp_path):
@@ -1745,7 +1749,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_ten_end_the_run(chain, tmp
     refused(call(*command), "not finite ten steps in a row", "Try a smaller --lr")
     assert steps_done(tmp_path / "kd") == (12, 20)
     assert [line["skipped"] for line in read_log(tmp_path / "kd")] == [False] * 3 + [True] * 9
-    state = train.read_state(str(tmp_path / "kd"))
+    state = checkpoints.read_state(str(tmp_path / "kd"))
     assert all(torch.isfinite(w).all() for w in (*state["model"].values(), *state["ema"]["shadow_params"]))
 
 
@@ -1879,14 +1883,14 @@ def test_offline_is_said_and_what_is_no_repository_is_not_asked_for(monkeypatch)
 def test_a_checkpoint_is_due_by_time_too(chain, tmp_path, monkeypatch):
     """Every --save-minutes, whatever --save-every says; pictures are drawn at the latter alone."""
     copy_parts(chain, tmp_path, "vae text_encoder forcing")
-    clock, saved, save = iter(range(0, 10**6, 50)), [], train.Checkpoints.save
+    clock, saved, save = iter(range(0, 10**6, 50)), [], train.Saver.save
 
     def spy(checkpoints, model, ema, optimizers, step, draw):
         saved.append((step, draw))
         save(checkpoints, model, ema, optimizers, step, draw)
 
     monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: float(next(clock))))
-    monkeypatch.setattr(train.Checkpoints, "save", spy)
+    monkeypatch.setattr(train.Saver, "save", spy)
     flags = "--steps 12 --batch-size 2 --save-every 5 --save-minutes 10 --examples 0"
     assert call(*kd_command(chain, tmp_path, flags)).returncode == 0
     assert [step for step, regular in saved if regular] == [5, 10, 12] and len(saved) > 3

@@ -19,7 +19,7 @@ made_with.json (all that its result depends on; a folder begun with other things
 training_state.pt (what a restart needs), log.jsonl (one line per step) and pictures, the teacher's above.
 
 Sections: 1 settings - 2 stages - 3 the plan - 4 what a stage needs - 5 the loss - 6 the loop -
-7 checkpoints - 8 optimisers - 9 the command line.
+7 optimisers - 8 the command line.
 """
 
 import argparse
@@ -28,13 +28,10 @@ import dataclasses
 import json
 import math
 import os
-import pathlib
-import shutil
 import signal
 import sys
 import textwrap
 import time
-import zipfile
 import zlib
 from dataclasses import dataclass, field
 
@@ -45,10 +42,11 @@ from diffusers.training_utils import EMAModel
 
 import sample
 import t2md
-from data import files, parts, shapes
+from data import checkpoints, files, parts, shapes
 from data.files import RANK, WORLD
 from data.images import ImageData, ahead
 from data.index import progress
+from data.prompts import read_prompts
 from t2md import T2MD, VAE, MambaMixer, TextEncoder
 
 ASSETS = os.path.join(sample.HERE, "assets")
@@ -382,7 +380,7 @@ def find_places(out, shipped, teacher):
     """{stage or part: where its result is}: in OUT if it is finished there, else what is shipped."""
     places = dict(shipped)
     for name in (*PARTS, *STAGES):
-        if finished(os.path.join(out, name)):
+        if checkpoints.finished(os.path.join(out, name)):
             places[name] = os.path.join(out, name)
     if all(places.get(part) == os.path.join(out, part) for part in PARTS):
         places["parts"] = out
@@ -692,7 +690,7 @@ def example_painter(job, networks, data):
     images = data[min(data)]
     captions = [images.caption(k) for k in range(min(settings.examples, len(images.rows)))]
     if job.example_prompts:
-        captions = [record["prompt"] for record in sample.read_prompts(job.example_prompts)]
+        captions = [record["prompt"] for record in read_prompts(job.example_prompts)]
         captions = captions[: settings.examples]
     if not captions or RANK > 0:
         return lambda model, path: None
@@ -793,7 +791,7 @@ def train(job):
     made_with = all_made_with(job, data)
     check_beginning(job, made_with)
     files.check_made_with(job.folder, made_with)
-    if steps_done(job.folder) >= settings.steps:
+    if checkpoints.steps_done(job.folder) >= settings.steps:
         print(f"{job.name}: finished, the model is in {job.folder}")
         return
     print_settings(job)
@@ -805,15 +803,15 @@ def train(job):
     model = networks.model
     optimizers = new_optimizers(model, settings, modules(model, job.stage.faster))
     ema = EMAModel(model.parameters(), decay=settings.ema)
-    first = resume(job.folder, model, ema, optimizers)
+    first = checkpoints.resume(job.folder, model, ema, optimizers)
     # 4. The steps.
-    with StopSignal() as stop, open_log(job.folder, first) as log:
-        run_steps(job, networks, data, optimizers, ema, first, Checkpoints(job, made_with, show), stop, log)
+    with StopSignal() as stop, checkpoints.open_log(job.folder, first) as log:
+        run_steps(job, networks, data, optimizers, ema, first, Saver(job, made_with, show), stop, log)
     print_skipped(job, networks, data)
     print(f"{job.name}: step {settings.steps} is done, the model and its pictures are in {job.folder}")
 
 
-def run_steps(job, networks, data, optimizers, ema, first, checkpoints, stop, log):
+def run_steps(job, networks, data, optimizers, ema, first, saver, stop, log):
     """The steps from `first` on, each in the order in which it runs."""
     settings = job.settings
     model = networks.model
@@ -835,7 +833,7 @@ def run_steps(job, networks, data, optimizers, ema, first, checkpoints, stop, lo
             for name, value in named.items():
                 terms[name] = terms.get(name, 0.0) + share * value.float()
         # 2. The sum over processes. All hear whether one was told to stop or the first one wants to save.
-        late = checkpoints.late()
+        late = saver.late()
         terms, stopping, late = reduce(trained, terms, stop.told, late, job.device)
         # 3. The step. One whose loss or gradient is not finite is skipped.
         norm = float(torch.nn.utils.clip_grad_norm_(trained, settings.clip))
@@ -861,7 +859,7 @@ def run_steps(job, networks, data, optimizers, ema, first, checkpoints, stop, lo
         done = step + 1
         regular = done % settings.save_every == 0 or done == settings.steps
         if regular or late or stopping:
-            checkpoints.save(model, ema, optimizers, done, draw=regular and not stopping)
+            saver.save(model, ema, optimizers, done, draw=regular and not stopping)
         if stopping:
             sys.exit(f"{job.name}: told to stop; saved after step {done}; the same command goes on")
         asked = time.monotonic()
@@ -888,6 +886,43 @@ def sum_over_processes(tensors):
     parts_of_flat = flat.split([tensor.numel() for tensor in tensors])
     for tensor, total in zip(tensors, parts_of_flat):
         tensor.copy_(total.view_as(tensor))
+
+
+class Saver:
+    """Writes a stage's checkpoints: the EMA weights as a model, the state to go on from, then pictures."""
+
+    def __init__(self, job, made_with, show):
+        self.job = job
+        self.made_with = made_with
+        self.show = show
+        self.saved = time.monotonic()
+
+    def late(self):
+        """Is the last checkpoint longer ago than --save-minutes?"""
+        return time.monotonic() - self.saved > 60 * self.job.settings.save_minutes
+
+    def save(self, model, ema, optimizers, step, draw):
+        """Write a checkpoint by the first process; the others wait. The first one claims the folder."""
+        folder = self.job.folder
+        files.note_made_with(folder, self.made_with)
+        with files.rank_zero_first():
+            if RANK == 0:
+                ema.store(model.parameters())
+                ema.copy_to(model.parameters())
+                checkpoints.save_model(model, folder)
+                averaged = copy.deepcopy(model) if draw else None
+                ema.restore(model.parameters())
+                checkpoints.save_state(folder, model, ema, optimizers, step, self.job.settings.steps)
+                if draw:
+                    self.draw(averaged, os.path.join(folder, f"step-{step:06d}.png"))
+        self.saved = time.monotonic()
+
+    def draw(self, model, path):
+        """Draw the examples; what goes wrong here is said, and ends no training."""
+        try:
+            self.show(model, path)
+        except Exception as error:  # out of memory, a size that no patch fits, a full disk
+            print(f"{self.job.name}: no pictures, {type(error).__name__}: {error}", file=sys.stderr)
 
 
 class StopSignal:
@@ -927,138 +962,7 @@ def print_skipped(job, networks, data):
 
 
 # ---------------------------------------------------------------------------------------------------
-# 7. Checkpoints
-# ---------------------------------------------------------------------------------------------------
-
-
-def finished(folder):
-    """Return True if `folder` holds a completely trained model.
-
-    Without a training state it does if it was never trained here: somebody put a model there.
-    """
-    if not os.path.exists(os.path.join(folder, "config.json")):
-        return False
-    state = read_state(folder, mmap=True)
-    if state is None:
-        return not os.path.exists(os.path.join(folder, "log.jsonl"))
-    return state["step"] >= state["steps"]
-
-
-def steps_done(folder):
-    """How many steps of a stage are saved in its folder."""
-    state = read_state(folder, mmap=True)
-    return 0 if state is None else state["step"]
-
-
-def read_state(folder, mmap=False):
-    """The training state in `folder`, or None where there is none.  Raises ValueError if it is damaged."""
-    path = os.path.join(folder, "training_state.pt")
-    if not os.path.exists(path):
-        return None
-    try:
-        if not mmap and zipfile.ZipFile(path).testzip():  # torch.load looks at no check sum
-            raise ValueError("its bytes are not what was written")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # torch raises anything
-        advice = "move it away to train this stage again"
-        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}); {advice}") from error
-
-
-class Checkpoints:
-    """Writes a stage's checkpoints: the EMA weights as a model, the state to go on from, then pictures."""
-
-    def __init__(self, job, made_with, show):
-        self.job = job
-        self.made_with = made_with
-        self.show = show
-        self.saved = time.monotonic()
-
-    def late(self):
-        """Is the last checkpoint longer ago than --save-minutes?"""
-        return time.monotonic() - self.saved > 60 * self.job.settings.save_minutes
-
-    def save(self, model, ema, optimizers, step, draw):
-        """Write a checkpoint by the first process; the others wait. The first one claims the folder."""
-        folder = self.job.folder
-        files.note_made_with(folder, self.made_with)
-        with files.rank_zero_first():
-            if RANK == 0:
-                ema.store(model.parameters())
-                ema.copy_to(model.parameters())
-                save_model(model, folder)
-                averaged = copy.deepcopy(model) if draw else None
-                ema.restore(model.parameters())
-                save_state(folder, model, ema, optimizers, step, self.job.settings.steps)
-                if draw:
-                    self.draw(averaged, os.path.join(folder, f"step-{step:06d}.png"))
-        self.saved = time.monotonic()
-
-    def draw(self, model, path):
-        """Draw the examples; what goes wrong here is said, and ends no training."""
-        try:
-            self.show(model, path)
-        except Exception as error:  # out of memory, a size that no patch fits, a full disk
-            print(f"{self.job.name}: no pictures, {type(error).__name__}: {error}", file=sys.stderr)
-
-
-def save_model(model, folder):
-    """Write config.json and weights, each whole or not at all."""
-    temporary = os.path.join(folder, f".saving-{os.getpid()}")
-    try:
-        model.save_pretrained(temporary)
-        for name in os.listdir(temporary):
-            files.replace(os.path.join(temporary, name), os.path.join(folder, name))
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def save_state(folder, model, ema, optimizers, step, steps):
-    """Write all that a restart needs; the state before it stays until this one is whole."""
-    state = dict(
-        step=step,
-        steps=steps,
-        model=model.state_dict(),
-        ema=ema.state_dict(),
-        optimizers=[optimizer.state_dict() for optimizer in optimizers],
-    )
-    path = os.path.join(folder, "training_state.pt")
-    files.write_atomically(path, lambda temporary: torch.save(state, temporary))
-
-
-def resume(folder, model, ema, optimizers):
-    """Load what `save_state` wrote, if it is there -> steps done."""
-    state = read_state(folder)
-    if state is None:
-        return 0
-    model.load_state_dict(state["model"])
-    ema.load_state_dict(state["ema"])
-    ema.to(model.device)
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        saved["param_groups"] = optimizer.state_dict()["param_groups"]  # rates are the settings'
-        optimizer.load_state_dict(saved)
-    return state["step"]
-
-
-def open_log(folder, done):
-    """log.jsonl, opened to go on after `done` lines: those of steps that were lost are taken back."""
-    if RANK > 0:
-        return open(os.devnull, "a")
-    for stale in pathlib.Path(folder).glob(".*-*"):  # of a save that was killed
-        if stale.is_dir():
-            shutil.rmtree(stale)
-        else:
-            stale.unlink()
-    path = os.path.join(folder, "log.jsonl")
-    lines = []
-    if os.path.exists(path):
-        with open(path, encoding="utf-8", errors="replace") as file:
-            lines = file.readlines()
-    files.write_text(path, "".join(lines[:done]))
-    return open(path, "a")
-
-
-# ---------------------------------------------------------------------------------------------------
-# 8. Optimisers
+# 7. Optimisers
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -1136,7 +1040,7 @@ def set_rates(optimizers, step, settings):
 
 
 # ---------------------------------------------------------------------------------------------------
-# 9. The command line
+# 8. The command line
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -1167,7 +1071,7 @@ def train_parts(job):
     with files.rank_zero_first():
         for part in PARTS:
             folder = os.path.join(job.folder, part)
-            if RANK == 0 and not finished(folder):
+            if RANK == 0 and not checkpoints.finished(folder):
                 parts.train_part(part, job.seed, folder)
 
 

@@ -28,6 +28,7 @@ from claims.scores import SHIPPED, command_parser, evaluate, labelled_sheet
 from claims.table1 import FORCED, MIXER_LOSS
 from data import files
 from data.images import to_pixels
+from data.prompts import read_prompts
 from data.shapes import detect_shapes, draw_shapes, heldout_records
 from t2md import predict_noise
 
@@ -310,7 +311,7 @@ def save_film(path, frames):
 
 def run(args):
     if args.curves:
-        records = sample.read_prompts(args.prompts) if args.prompts else []
+        records = read_prompts(args.prompts) if args.prompts else []
         save_plot(os.path.join(args.out, "curves.png"), curves(args.curves, records))
     elif args.film:
         teacher, student = (sample.load(folder, args.device).args for folder in args.models)

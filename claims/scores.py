@@ -23,6 +23,7 @@ import sample
 import train
 from data import files
 from data.images import to_pixels
+from data.prompts import read_prompts
 from data.shapes import TAGS, detect_shapes, draw_shapes, heldout_records, outline_overlap, score_objects
 from t2md import predict_noise
 
@@ -172,7 +173,7 @@ def read_records(args):
     """Return the records to draw.  Raises ValueError if --prompts holds others than GenEval's."""
     if not args.prompts:
         return heldout_records(args.records, args.seed)
-    records = sample.read_prompts(args.prompts)
+    records = read_prompts(args.prompts)
     for record in records:
         if record.get("tag") not in TAGS or not record.get("include"):
             needed = f"tag ({', '.join(TAGS)}) and include"

@@ -27,9 +27,10 @@ import sample
 import t2md
 import train
 from claims import figures, scores, speed, table1
-from data import files, index
+from data import checkpoints, files, index
 from data import images as data_images
 from data.images import ImageData
+from data.prompts import read_prompts
 from data.shapes import BACKGROUND, TAGS, draw_shapes, heldout_records
 from test_t2md import HERE, chain, copy_parts
 
@@ -520,7 +521,7 @@ def train_forcing(out, teacher, dies_after=None, dies_saving=False):
 
 def left_behind(folder):
     """All that a training leaves: its state's values, its log without times, its model."""
-    leaves = torch.utils._pytree.tree_leaves(train.read_state(str(folder)))
+    leaves = torch.utils._pytree.tree_leaves(checkpoints.read_state(str(folder)))
     state = [v.numpy().tobytes() if torch.is_tensor(v) else v for v in leaves]
     log = []
     for line in (folder / "log.jsonl").read_text().splitlines():
@@ -592,7 +593,7 @@ def test_damaged_files_give_a_sentence(chain, tmp_path, capsys, monkeypatch):
         data.batch([0], [files.generator(0, "kd", 0, 0)])
 
     readers = {
-        "prompts.jsonl": lambda: sample.read_prompts(f"{out}/prompts.jsonl"),
+        "prompts.jsonl": lambda: read_prompts(f"{out}/prompts.jsonl"),
         "kd/training_state.pt": go_on,
         "kd/made_with.json": go_on,
         "kd/config.json": lambda: sample.load(f"{out}/kd"),

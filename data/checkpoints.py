@@ -1,0 +1,100 @@
+"""A stage's folder: the model, the state that a restart needs, the log. All are whole or not there."""
+
+import os
+import pathlib
+import shutil
+import zipfile
+
+import torch
+
+from data import files
+from data.files import RANK
+
+
+def finished(folder):
+    """Return True if `folder` holds a completely trained model.
+
+    Without a training state it does if it was never trained here: somebody put a model there.
+    """
+    if not os.path.exists(os.path.join(folder, "config.json")):
+        return False
+    state = read_state(folder, mmap=True)
+    if state is None:
+        return not os.path.exists(os.path.join(folder, "log.jsonl"))
+    return state["step"] >= state["steps"]
+
+
+def steps_done(folder):
+    """How many steps of a stage are saved in its folder."""
+    state = read_state(folder, mmap=True)
+    return 0 if state is None else state["step"]
+
+
+def read_state(folder, mmap=False):
+    """The training state in `folder`, or None where there is none.  Raises ValueError if it is damaged."""
+    path = os.path.join(folder, "training_state.pt")
+    if not os.path.exists(path):
+        return None
+    try:
+        if not mmap and zipfile.ZipFile(path).testzip():  # torch.load looks at no check sum
+            raise ValueError("its bytes are not what was written")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # torch raises anything
+        advice = "move it away to train this stage again"
+        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}); {advice}") from error
+
+
+def save_model(model, folder):
+    """Write config.json and weights, each whole or not at all."""
+    temporary = os.path.join(folder, f".saving-{os.getpid()}")
+    try:
+        model.save_pretrained(temporary)
+        for name in os.listdir(temporary):
+            files.replace(os.path.join(temporary, name), os.path.join(folder, name))
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_state(folder, model, ema, optimizers, step, steps):
+    """Write all that a restart needs; the state before it stays until this one is whole."""
+    state = dict(
+        step=step,
+        steps=steps,
+        model=model.state_dict(),
+        ema=ema.state_dict(),
+        optimizers=[optimizer.state_dict() for optimizer in optimizers],
+    )
+    path = os.path.join(folder, "training_state.pt")
+    files.write_atomically(path, lambda temporary: torch.save(state, temporary))
+
+
+def resume(folder, model, ema, optimizers):
+    """Load what `save_state` wrote, if it is there -> steps done."""
+    state = read_state(folder)
+    if state is None:
+        return 0
+    model.load_state_dict(state["model"])
+    ema.load_state_dict(state["ema"])
+    ema.to(model.device)
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        saved["param_groups"] = optimizer.state_dict()["param_groups"]  # rates are the settings'
+        optimizer.load_state_dict(saved)
+    return state["step"]
+
+
+def open_log(folder, done):
+    """log.jsonl, opened to go on after `done` lines: those of steps that were lost are taken back."""
+    if RANK > 0:
+        return open(os.devnull, "a")
+    for stale in pathlib.Path(folder).glob(".*-*"):  # of a save that was killed
+        if stale.is_dir():
+            shutil.rmtree(stale)
+        else:
+            stale.unlink()
+    path = os.path.join(folder, "log.jsonl")
+    lines = []
+    if os.path.exists(path):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            lines = file.readlines()
+    files.write_text(path, "".join(lines[:done]))
+    return open(path, "a")
