@@ -519,6 +519,9 @@ class T2MD(ModelMixin, ConfigMixin):
         vae, text_encoder: what it was trained with: folder (relative to the checkpoint's own) or repository.
     """
 
+    __module__ = (
+        "t2md"  # a pipeline is saved under this name, also one whose copy of this file diffusers loaded
+    )
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
     _repeated_blocks = ["Block"]  # for diffusers' compile_repeated_blocks
@@ -1282,6 +1285,8 @@ class LocalEnhancement(nn.Module):
 
 class DiM(T2MD):
     """T2MD with DiM's padding tokens and local enhancement.  Args: both switches; then T2MD's."""
+
+    __module__ = "t2md"  # see T2MD
 
     def __init__(self, padding_tokens=False, local_enhancement=False, **arguments):
         super().__init__(**arguments)

@@ -1139,6 +1139,23 @@ def test_rates_and_decay_of_each_parameter():
         assert groups[id(p)]["base_lr"] == (1e-4 if ".mamba." in name or ".fuse." in name else 2e-5), name
 
 
+def test_a_stage_trains_and_hurries_what_its_record_says():
+    """By the names of the parameters: neither a module too many nor one too few."""
+    model = DiM(True, True, pattern="SHW>", **TINY)
+    names = {name for name, _ in model.named_parameters()}
+    of_mamba = {name for name in names if ".mamba." in name or ".fuse." in name}
+    mixers = {name for name in names if ".mixer." in name or name.startswith(("padding.", "enhance_"))}
+    ends = {name for name in names if name.startswith(("patch_embed.", "caption_projection.", "proj_out."))}
+    trains = dict(teacher=names, forcing=of_mamba, kd=mixers, adapt=names, hires1=names, hires2=names)
+    hurries = dict(kd=of_mamba, adapt=ends)
+    assert of_mamba < mixers < names and len(ends) == 8
+    for name, stage in train.STAGES.items():
+        train.freeze_all_but(model, stage.trains)
+        assert {n for n, p in model.named_parameters() if p.requires_grad} == trains[name]
+        fast = {id(p) for module in train.modules(model, stage.faster) for p in module.parameters()}
+        assert {n for n, p in model.named_parameters() if id(p) in fast} == hurries.get(name, set())
+
+
 def test_the_rate_warms_up_and_falls():
     model = T2MD(pattern="SH", **TINY)
     settings = train.ShapesSettings(steps=100, lr=1.0, new_lr=2.0, warmup=10, decay=0.4, muon=False)

@@ -434,6 +434,12 @@ def write_index(source, stamp, what, path):
         file.execute("INSERT INTO about VALUES (?, ?, ?)", row)
 
 
+def path_of(source):
+    """Return the path of the index of a source."""
+    where = hashlib.sha256(canonical(source).encode(errors="surrogateescape")).hexdigest()[:16]
+    return os.path.join(INDEX, f"index-{where}.sqlite")
+
+
 class Index:
     """What a data set holds, in the order of its files.
 
@@ -444,8 +450,7 @@ class Index:
     """
 
     def __init__(self, source):
-        where = hashlib.sha256(canonical(source).encode(errors="surrogateescape")).hexdigest()[:16]
-        self.path = os.path.join(INDEX, f"index-{where}.sqlite")
+        self.path = path_of(source)
         self.lock = threading.Lock()
         with files.rank_zero_first():
             if files.RANK == 0:
