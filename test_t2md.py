@@ -1962,10 +1962,10 @@ def two_nodes(tmp_path_factory):
         copy_parts(chain, root / name, "vae text_encoder teacher" + have)
     commands = [THREE_STEPS.format(stage=stage, out=root / stage) for stage in ("forcing", "kd")]
     commands += [f"--stage forcing --steps 200 --batch-size 2 --examples 0 --out {root}/stopped"]
-    launch = f"{sys.executable} -m torch.distributed.run --nnodes 2 --nproc-per-node 1 --rdzv-id t2md"
-    launch += " --rdzv-backend c10d --rdzv-endpoint localhost:29531 --node-rank"
+    launch = "-m torch.distributed.run --nnodes 2 --nproc-per-node 1 --rdzv-id t2md --rdzv-backend c10d"
+    launch += " --rdzv-endpoint localhost:29531 --node-rank"
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE)
-    starts = [[*launch.split(), str(node), str(script), *commands] for node in range(2)]
+    starts = [[sys.executable, *launch.split(), str(node), str(script), *commands] for node in range(2)]
     nodes = [subprocess.Popen(start, **pipes) for start in starts]
     while nodes[0].poll() is None and not (log.exists() and log.read_text().count("\n") >= 2):
         time.sleep(0.1)
