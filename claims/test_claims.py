@@ -530,10 +530,11 @@ def left_behind(folder):
     return state, log, models
 
 
-def test_kills_lose_nothing(chain, tmp_path):
+def test_kills_lose_nothing(chain, tmp_path, monkeypatch):
     """kill -9, once in the middle of a save and twice at random: bit for bit as without."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # what is killed is its work, not Python's imports
+    monkeypatch.setenv("PYTHONPATH", HERE)  # an older Python does not tell the server where modules are
     rng = random.Random(0)
     attempts = [
         ("whole", None, False),
