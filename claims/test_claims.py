@@ -486,6 +486,36 @@ def test_every_command_on_the_page_is_one(page, monkeypatch):
             parsers[program](words)
 
 
+SMALLER = {  # what full_size.md's networks and pictures are made with -> the same in miniature
+    "2048, 4": "512, 4",
+    "dict(sample_size=64, caption_channels=4096,": "dict(num_layers=7, num_attention_heads=2, "
+    "attention_head_dim=32, cross_attention_dim=64, sample_size=16, caption_channels=64,",
+    "d_model=4096, num_heads=64, d_ff=10240": "d_model=64, num_heads=4, d_ff=64",
+}
+
+
+def test_full_sizes_step_of_every_stage_runs_as_it_is_printed(tmp_path, monkeypatch):
+    """The page's own block: it makes the networks and pictures, trains each stage for a step, and samples."""
+    text = open(os.path.join(HERE, "claims", "full_size.md")).read()
+    block = next(b for b in re.findall(r"^```\n(.*?)^```", text, re.S | re.M) if "step() {" in b)
+    setup = re.search(r"python - <<END\n(.*?)^END$", block, re.S | re.M).group(1)
+    for large, small in SMALLER.items():
+        assert setup.count(large) == 1, large
+        setup = setup.replace(large, small)
+    monkeypatch.chdir(tmp_path)
+    exec(setup, {})
+    shared = re.search(r'python train.py (.*) "\$@"', block).group(1)
+    stages = re.findall(r"^step (.*?)(?:#.*)?$", block, re.M)
+    assert [words.split()[1] for words in stages] == ["forcing", "kd", "adapt", "hires1", "hires2"]
+    for words in stages:
+        flags = f"{shared} {words} --pattern SHWHWHW"
+        train.run(train.parse_arguments(flags.split()))
+    sampling = re.search(r"^python sample.py (.*)$", block.replace("\\\n", " "), re.M).group(1)
+    arguments = sample.parse_arguments(shlex.split(sampling.replace("3840x2160", "96x64")))
+    sample.run(arguments)
+    assert len(os.listdir("samples")) == 1
+
+
 @pytest.mark.parametrize("command", ["scores --prompts no", "figures --curves no", "speed scan --sizes 0"])
 def test_one_sentence_for_what_cannot_be_done(monkeypatch, command):
     module, *arguments = command.split()
