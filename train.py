@@ -440,7 +440,7 @@ def make_job(name, args, config, places, jobs):
         **part_paths,
         pattern=args.pattern,
         dim=dim,
-        init=args.init,
+        init=args.init if name == "kd" else "forcing",
         pos_embed=args.pos_embed,
         soft_weight=args.soft_weight,
         mixer_weight=args.mixer_weight,
@@ -569,14 +569,14 @@ def first_student(job, teacher):
     """The student with which forcing begins, or kd without forcing: see --init."""
     model_class = t2md.DiM if job.dim else T2MD
     shape = dict(job.config.student)
-    if job.init == "llama" and job.name == "kd":
+    if job.init == "llama":
         shape.update(t2md.llama_shape(teacher))
     student = t2md.student_of(teacher, job.pattern, model_class, **job.dim, **shape)
-    if job.init == "llama" and job.name == "kd":
+    if job.init == "llama":
         for block, of_teacher in zip(student.blocks, teacher.blocks):
             if isinstance(block.mixer, MambaMixer):
                 t2md.copy_attention(block.mixer, of_teacher.mixer)
-    if job.init == "scratch" and job.name == "kd":
+    if job.init == "scratch":
         return type(student)(**student.arguments())
     return student
 
@@ -683,7 +683,10 @@ def load_batches(job, data, first):
 
 
 def example_painter(job, networks, data):
-    """show(model, path): draw a contact sheet of a model's pictures; above a student's, its teacher's."""
+    """show(model, path): draw a contact sheet of a model's pictures; above a student's, its teacher's.
+
+    The model is folded and cast in place, so it must be a copy.
+    """
     settings = job.settings
     base = base_pixels(job, networks)
     side = settings.example_size or base * max(data)
@@ -703,7 +706,7 @@ def example_painter(job, networks, data):
         )
 
     def show(model, path):
-        frozen = t2md.freeze(copy.deepcopy(model), job.device, getattr(torch, job.dtype))
+        frozen = t2md.freeze(model, job.device, getattr(torch, job.dtype))
         size = (side, side)
         row = sample.generate_all(frozen, networks.vae, encoded, captions, size, job.seed, direct=True)
         rows = [teachers_row, row] if teachers_row else [row]
@@ -799,6 +802,7 @@ def train(job):
     show = example_painter(job, networks, data)
     if data[max(data)].cached:
         networks.text_encoder.unload()
+    files.wait_for_all()  # the first process has encoded and drawn; no step of the others waits for that
     # 3. What is trained, from the last checkpoint if there is one.
     model = networks.model
     optimizers = new_optimizers(model, settings, modules(model, job.stage.faster))
