@@ -195,12 +195,12 @@ def ssd(x, dt, A, B, C, chunk_size, D=None):
     x_grouped = x.unflatten(2, (groups, -1))  # (b, l, g, r, p): the r heads that share B and C
     dt = dt.to(precise).unflatten(2, (groups, -1))  # (b, l, g, r)
     A = A.to(precise).unflatten(0, (groups, -1))  # (g, r)
+    # split, not slices: the gradient of each slice would be as long as the whole sequence.
+    chunks = zip(*(tensor.split(chunk_size, dim=1) for tensor in (x_grouped, dt, B, C)))
     state = None
     outputs = []
-    for start in range(0, x.shape[1], chunk_size):
-        part = slice(start, start + chunk_size)
-        # The state crosses from chunk to chunk here.
-        y, state = ssd_chunk(state, x_grouped[:, part], dt[:, part], A, B[:, part], C[:, part])
+    for x_part, dt_part, B_part, C_part in chunks:
+        y, state = ssd_chunk(state, x_part, dt_part, A, B_part, C_part)  # the state crosses chunks here
         outputs.append(y)
     y = torch.cat(outputs, dim=1).flatten(2, 3)  # (b, l, heads, p)
     if D is not None:
