@@ -195,12 +195,16 @@ def ssd(x, dt, A, B, C, chunk_size, D=None):
     x_grouped = x.unflatten(2, (groups, -1))  # (b, l, g, r, p): the r heads that share B and C
     dt = dt.to(precise).unflatten(2, (groups, -1))  # (b, l, g, r)
     A = A.to(precise).unflatten(0, (groups, -1))  # (g, r)
-    # split, not slices: the gradient of each slice would be as long as the whole sequence.
-    chunks = zip(*(tensor.split(chunk_size, dim=1) for tensor in (x_grouped, dt, B, C)))
+    # Split once: if each chunk were a slice, its gradient would be as long as the whole sequence.
+    x_chunks = x_grouped.split(chunk_size, dim=1)
+    dt_chunks = dt.split(chunk_size, dim=1)
+    B_chunks = B.split(chunk_size, dim=1)
+    C_chunks = C.split(chunk_size, dim=1)
     state = None
     outputs = []
-    for x_part, dt_part, B_part, C_part in chunks:
-        y, state = ssd_chunk(state, x_part, dt_part, A, B_part, C_part)  # the state crosses chunks here
+    for x_part, dt_part, B_part, C_part in zip(x_chunks, dt_chunks, B_chunks, C_chunks):
+        # The state crosses from chunk to chunk here.
+        y, state = ssd_chunk(state, x_part, dt_part, A, B_part, C_part)
         outputs.append(y)
     y = torch.cat(outputs, dim=1).flatten(2, 3)  # (b, l, heads, p)
     if D is not None:
@@ -519,9 +523,8 @@ class T2MD(ModelMixin, ConfigMixin):
         vae, text_encoder: what it was trained with: folder (relative to the checkpoint's own) or repository.
     """
 
-    __module__ = (
-        "t2md"  # a pipeline is saved under this name, also one whose copy of this file diffusers loaded
-    )
+    # A pipeline is saved under this name, also one whose copy of this file diffusers loaded.
+    __module__ = "t2md"
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
     _repeated_blocks = ["Block"]  # for diffusers' compile_repeated_blocks
