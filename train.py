@@ -73,14 +73,10 @@ class Settings:
     muon: bool = False  # Muon for the matrices of the blocks
     clip: float = 0.01  # gradient norm
     ema: float = 0.9999  # in every stage, as the paper
-    timesteps: tuple | None = (
-        None  # uniform; else mean and deviation of a normal distribution, cut to [0, 1000)
-    )
+    timesteps: tuple | None = None  # uniform; else mean, deviation of a normal distribution within [0, 1000)
     snr_weight: float = 0.0  # not the paper's: see `noise_weight`
     float32_attention: bool = True  # as PixArt trains; only with --dtype bfloat16 does it change anything
-    ratios: tuple | None = (
-        None  # height / width of the pictures, by the names of diffusers' buckets; None: all
-    )
+    ratios: tuple | None = None  # height / width of the pictures: diffusers' buckets by name; None: all
     enlarge: float = 2.0  # a smaller picture than would have to be enlarged so much is skipped
     sampler: dict = field(default_factory=dict)  # entries of the model's config that its sampler reads
     examples: int = 4  # pictures drawn with a checkpoint

@@ -226,7 +226,7 @@ def contact_sheet(rows, side, captions=None):
 
     captions: rows of strings like `rows`; each is written below its picture, in three lines at most.
     """
-    below = 36 if captions else 0  # pixels for three lines of text
+    below = 48 if captions else 0  # pixels for three lines of text
     columns = max(len(row) for row in rows)
     sheet = Image.new("RGB", (side * columns, (side + below) * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
