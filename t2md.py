@@ -913,6 +913,25 @@ def fit_ends(model, latent_channels, caption_width):
     return fitted
 
 
+@torch.no_grad()
+def translate_text(model, before, features, features_before):
+    """Let `model` read a new T5's features as the model `before` reads the old T5's. Not in the paper.
+
+    caption_projection's first layer takes up an affine map: the one that turns the new T5's features of some
+    tokens, (tokens, caption_width), into the old one's with the least squared error.
+    """
+    ones = torch.ones(len(features), 1)
+    inputs = torch.cat([features, ones], dim=1).double()
+    # A correction of the identity: what the tokens say nothing of stays as it is.
+    identity = torch.eye(inputs.shape[1], features_before.shape[1], dtype=torch.float64)
+    correction = torch.linalg.lstsq(inputs, features_before.double() - inputs @ identity).solution
+    affine = (identity + correction).float()
+    old = before.caption_projection.linear_1
+    new = model.caption_projection.linear_1
+    new.weight.copy_(old.weight @ affine[:-1].mT)
+    new.bias.copy_(old.bias + old.weight @ affine[-1])
+
+
 # ---------------------------------------------------------------------------------------------------
 # 7. The frozen VAE and T5
 # ---------------------------------------------------------------------------------------------------

@@ -1226,6 +1226,7 @@ def test_the_papers_numbers_are_in_the_table():
         256
     }
     assert {name for name, s in settings.items() if not s.float32_attention} == {"hires2"}
+    assert {s.translate for s in settings.values()} == {0}
     assert {name: s.enlarge for name, s in settings.items() if s.enlarge != 2.0} == {
         "hires1": 1.25,
         "hires2": 1.25,
@@ -1501,7 +1502,10 @@ def test_three_steps_of_each_stage_by_hand(chain, tmp_path, monkeypatch, stage):
     if stage == "teacher":
         flags += f" --teacher {tmp_path}/given"
     (job,) = train.plan(arguments(flags))
-    model = train.build(job).model
+    networks = train.build(job)
+    model = networks.model
+    if stage == "adapt":
+        train.translate_text(job, networks, train.open_data(job, networks))
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     train.run(arguments(flags))
 
@@ -1737,6 +1741,44 @@ def test_adapt_takes_any_vae_and_any_t5(chain, tmp_path):
         refused(
             call(*f"train.py {wrong} --out {tmp_path} --examples 0 --init teacher".split()), "but the model's"
         )
+
+
+def test_adapt_begins_by_reading_the_new_t5_as_the_old_one(chain, tmp_path):
+    """The first layer that reads captions gives of the data's tokens what kd's gives of the old T5's."""
+    copy_parts(chain, tmp_path, "vae text_encoder kd")
+    captions = ("a star", "a photo of a red circle and a blue square", "two crosses")
+    flags = f"--stage adapt --steps 1 --batch-size 2 --examples 0 --lr 1e-9 {other_parts(tmp_path)}"
+    flags += f" --data {write_images(tmp_path, captions=captions)} --out {tmp_path}"
+    train.run(arguments(flags))
+    layers = [checkpoints.read_state(str(tmp_path / stage))["model"] for stage in ("kd", "adapt")]
+    encoders = [TextEncoder(f"{tmp_path}/{name}") for name in ("text_encoder", "t5_96")]
+    for caption in captions:
+        read = []
+        for weights, encoder in zip(layers, encoders):
+            layer = [weights[f"caption_projection.linear_1.{name}"] for name in ("weight", "bias")]
+            read.append(torch.nn.functional.linear(encoder([caption])[0], *layer))
+        assert relative(read[1], read[0]) < 1e-3
+
+
+def test_another_tokenizer_is_not_translated(chain, published, tmp_path):
+    """Its tokens are others; the new T5 is then read from the start."""
+    folder, _, _ = published
+    copy_parts(chain, tmp_path, "vae text_encoder kd")
+    flags = f"--stage adapt --steps 1 --batch-size 2 --examples 0 --text-encoder {folder}"
+    result = call(*f"train.py {flags} --data {write_images(tmp_path)} --out {tmp_path}".split())
+    assert result.returncode == 0 and "the tokenizers differ" in result.stdout, result.stderr
+
+
+def test_a_translation_is_the_best_affine_map():
+    """Of features that it has not seen, where an affine map is all there is between two encoders."""
+    torch.manual_seed(0)
+    before = T2MD(pattern="S", **TINY)
+    model = T2MD(pattern="S", **TINY | dict(caption_width=28))
+    affine, shift = torch.randn(28, 20), torch.randn(20)
+    seen, unseen = torch.randn(100, 28), torch.randn(10, 28)
+    t2md.translate_text(model, before, seen, seen @ affine + shift)
+    read = model.caption_projection.linear_1(unseen)
+    assert relative(read, before.caption_projection.linear_1(unseen @ affine + shift)) < 1e-4
 
 
 def test_a_teacher_may_be_a_transformer_alone_conditioned_on_size(chain, tmp_path):

@@ -75,6 +75,7 @@ class Settings:
     ema: float = 0.9999  # in every stage, as the paper
     timesteps: tuple | None = None  # uniform; else mean, deviation of a normal distribution within [0, 1000)
     snr_weight: float = 0.0  # not the paper's: see `noise_weight`
+    translate: int = 0  # not the paper's: captions by which adapt first translates the new T5's features
     float32_attention: bool = True  # as PixArt trains; only with --dtype bfloat16 does it change anything
     ratios: tuple | None = None  # height / width of the pictures: diffusers' buckets by name; None: all
     enlarge: float = 2.0  # a smaller picture than would have to be enlarged so much is skipped
@@ -150,10 +151,11 @@ SHAPES_SETTINGS = {
     "forcing": ShapesSettings(steps=300, batch_size=16, lr=2e-2, warmup=10, pictures=2_500),
     "kd": ShapesSettings(steps=1100, batch_size=16, lr=8e-3, decay=0.7, pictures=2_500),
     "adapt": ShapesSettings(
-        steps=10_000,
+        steps=5_000,
         lr=2e-3,
         new_lr=4e-3,  # of the layers that meet another VAE and T5
-        warmup=400,  # what the blocks know survives until these layers have learned
+        warmup=100,
+        translate=1000,  # which colour and which place is whose survives
         snr_weight=0.5,
         timesteps=(640, 240),  # the quadratic schedule moves layout to later timesteps
         ratios=SHAPES_RATIOS,
@@ -615,6 +617,23 @@ def base_pixels(job, networks):
     return networks.model.config.sample_size * networks.vae.factor // max(job.settings.sizes)
 
 
+def translate_text(job, networks, data):
+    """Let adapt begin with a model that reads the new T5's features as the old one's."""
+    before = t2md.load_backbone(job.start)
+    old_encoder = TextEncoder(t2md.component_path(job.start, before.config.text_encoder))
+    new_encoder = networks.text_encoder
+    if old_encoder.tokenizer.get_vocab() != new_encoder.tokenizer.get_vocab():
+        print(f"{job.name}: the captions are not translated, as the tokenizers differ")
+        return
+    images = data[max(data)]
+    captions = [images.caption(k) for k in range(min(job.settings.translate, len(images.rows)))]
+    features = sample.encode_captions(new_encoder, captions)
+    features_before = sample.encode_captions(old_encoder, captions)
+    tokens = torch.cat(list(features.values())).float()
+    tokens_before = torch.cat(list(features_before.values()))
+    t2md.translate_text(networks.model, before, tokens, tokens_before)
+
+
 def all_made_with(job, data):
     """All that a stage's result depends on, for made_with.json: settings, models, data."""
     made_with = dict(job.made_with)
@@ -794,6 +813,8 @@ def train(job):
         print(f"{job.name}: finished, the model is in {job.folder}")
         return
     print_settings(job)
+    if job.stage.swaps and settings.translate > 0:
+        translate_text(job, networks, data)
     # 2. The pictures' captions are encoded; with a cache nothing else asks the text encoder any more.
     show = example_painter(job, networks, data)
     if data[max(data)].cached:
