@@ -151,7 +151,7 @@ SHAPES_SETTINGS = {
     "forcing": ShapesSettings(steps=300, batch_size=16, lr=2e-2, warmup=10, pictures=2_500),
     "kd": ShapesSettings(steps=1100, batch_size=16, lr=8e-3, decay=0.7, pictures=2_500),
     "adapt": ShapesSettings(
-        steps=5_000,
+        steps=4_400,
         lr=2e-3,
         new_lr=4e-3,  # of the layers that meet another VAE and T5
         warmup=100,
