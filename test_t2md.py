@@ -1743,8 +1743,11 @@ def test_adapt_takes_any_vae_and_any_t5(chain, tmp_path):
         )
 
 
-def test_adapt_begins_by_reading_the_new_t5_as_the_old_one(chain, tmp_path):
-    """The first layer that reads captions gives of the data's tokens what kd's gives of the old T5's."""
+def test_adapt_begins_by_reading_the_new_t5_as_the_old_one(chain, tmp_path, monkeypatch):
+    """The first layer that reads captions gives of the data's tokens what kd's gives of the old T5's.
+
+    A run that goes on does not ask the old one again.
+    """
     copy_parts(chain, tmp_path, "vae text_encoder kd")
     captions = ("a star", "a photo of a red circle and a blue square", "two crosses")
     flags = f"--stage adapt --steps 1 --batch-size 2 --examples 0 --lr 1e-9 {other_parts(tmp_path)}"
@@ -1758,6 +1761,9 @@ def test_adapt_begins_by_reading_the_new_t5_as_the_old_one(chain, tmp_path):
             layer = [weights[f"caption_projection.linear_1.{name}"] for name in ("weight", "bias")]
             read.append(torch.nn.functional.linear(encoder([caption])[0], *layer))
         assert relative(read[1], read[0]) < 1e-3
+    monkeypatch.setattr(train, "translate_text", None)
+    train.run(arguments(flags.replace("--steps 1", "--steps 2")))
+    assert steps_done(tmp_path / "adapt") == (2, 2)
 
 
 def test_another_tokenizer_is_not_translated(chain, published, tmp_path):

@@ -809,11 +809,12 @@ def train(job):
     made_with = all_made_with(job, data)
     check_beginning(job, made_with)
     files.check_made_with(job.folder, made_with)
-    if checkpoints.steps_done(job.folder) >= settings.steps:
+    done = checkpoints.steps_done(job.folder)
+    if done >= settings.steps:
         print(f"{job.name}: finished, the model is in {job.folder}")
         return
     print_settings(job)
-    if job.stage.swaps and settings.translate > 0:
+    if done == 0 and job.stage.swaps and settings.translate > 0:
         translate_text(job, networks, data)
     # 2. The pictures' captions are encoded; with a cache nothing else asks the text encoder any more.
     show = example_painter(job, networks, data)
