@@ -1004,13 +1004,15 @@ def test_a_used_folder_is_refused_by_name(checkpoint, components, tmp_path):
     assert draw("--size 128").returncode == 0  # a folder without pictures has nothing to lose
 
 
-def test_compiling_survives_many_sizes_and_batches(checkpoint, tmp_path, monkeypatch):
+def test_compiling_survives_many_sizes_and_batches(components, tmp_path, monkeypatch):
     """Three kinds of mixer at two sizes, with one branch or two, are more graphs than Dynamo's limit."""
     compiled = functools.partialmethod(T2MD.compile_repeated_blocks, backend="eager", fullgraph=True)
     monkeypatch.setattr(T2MD, "compile_repeated_blocks", compiled)
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     torch._dynamo.reset()
-    flags = f"--compile --steps 3 --size 128 --model {checkpoint} --out".split()
+    settings = dict(sample_size=8, guidance_interval=700, chunk_size=256)  # fewer chunks to unroll
+    model = save_model(components.replace("parts", "compiled"), **settings)
+    flags = f"--compile --steps 3 --size 128 --model {model} --out".split()
     assert call("sample.py", "a star", *flags, tmp_path).returncode == 0
 
 
