@@ -109,8 +109,11 @@ def as_teacher(model, folder):
 def call(script, *arguments, anew=False):
     """The same command without a new process, whose imports take seconds; a traceback fails the test that
     calls it. anew: the file itself is run, as Python does it, not the module, of which tests patch parts."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    into_out, into_err = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+    out = io.StringIO()
+    err = io.StringIO()
+    code = 0
+    into_out = contextlib.redirect_stdout(out)
+    into_err = contextlib.redirect_stderr(err)
     main = {"train.py": train, "sample.py": sample}[script].main
     if anew:
         main = functools.partial(runpy.run_path, os.path.join(HERE, script), run_name="__main__")
@@ -143,11 +146,13 @@ def copy_parts(chain, folder, parts):
 @pytest.mark.parametrize("base, h, w", [(64, 16, 16), (64, 12, 20), (32, 32, 32), (32, 8, 30), (128, 16, 24)])
 def test_all_attention_backbone_equals_diffusers(tmp_path, base, h, w, masked):
     reference = pixart(base)
-    model, x = as_teacher(reference, tmp_path), inputs(size=(h, w))
+    model = as_teacher(reference, tmp_path)
+    x = inputs(size=(h, w))
     resolution = torch.tensor([[512.0, 768], [1024, 1024]])
     conditions = dict(resolution=resolution, aspect_ratio=torch.tensor([[0.67], [1.0]]))
     conditions = dict(added_cond_kwargs=conditions if base == 128 else None)
-    arguments, mask = (x["z_t"], x["text"], x["t"]), x["mask"] if masked else None
+    arguments = (x["z_t"], x["text"], x["t"])
+    mask = x["mask"] if masked else None
     expected = reference(*arguments, encoder_attention_mask=mask, **conditions).sample
     got = model(*arguments, encoder_attention_mask=mask, **conditions).sample
     assert got.shape == (2, 8, h, w) and relative(got, expected) < 1e-5
@@ -170,7 +175,8 @@ def test_students_copy_all_that_fits(tmp_path):
     student = t2md.student_of(teacher, "SHWHWHW", d_state=8, head_dim=16)
     configs = [(network.config.pattern, network.config.out_channels) for network in (teacher, student)]
     assert configs == [("S" * 7, 8), ("SHWHWHW", 4)]
-    original, weights = t2md.rename_pixart(reference.state_dict()), student.state_dict()
+    original = t2md.rename_pixart(reference.state_dict())
+    weights = student.state_dict()
     copied = [name for name in weights if ".mamba." not in name and ".fuse." not in name]
     assert len(copied) > 100
     for name in copied:
@@ -206,7 +212,8 @@ def tokenizer_as_published(folder):
     """spiece.model and tokenizer_config.json alone -> sentencepiece's own processor of it, with T5's ids."""
     folder.mkdir()
     lines = ["a photo of a red star", "a blue circle and two squares", "photo of crosses left of a star"]
-    model, settings = io.BytesIO(), dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+    model = io.BytesIO()
+    settings = dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(20 * lines),
         model_writer=model,
@@ -269,8 +276,11 @@ def write_images(folder, captions=("a red square", "a green square", "a blue squ
 
 def test_what_works_with_pixart_works_here():
     """diffusers' and accelerate's hooks see modules that are called, so no weight is read beside them."""
-    model, x = shuffled(T2MD(pattern="SHW>", **TINY)).requires_grad_(False), inputs()
-    want, offloaded, cast = t2md.predict_noise(model, **x), copy.deepcopy(model), copy.deepcopy(model)
+    model = shuffled(T2MD(pattern="SHW>", **TINY)).requires_grad_(False)
+    x = inputs()
+    want = t2md.predict_noise(model, **x)
+    offloaded = copy.deepcopy(model)
+    cast = copy.deepcopy(model)
     accelerate.cpu_offload(offloaded, torch.device("cpu"))
     assert torch.equal(t2md.predict_noise(offloaded, **x), want)
     cast.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
@@ -293,8 +303,10 @@ def test_mamba2_layer_equals_transformers(groups):
     shuffled(theirs, std=0.3)
     ours.load_state_dict(theirs.state_dict())  # same names, same shapes
     u, weight = torch.randn(2, 2, 37, 32)
-    a, b = u.clone().requires_grad_(), u.clone().requires_grad_()
-    out, expected = ours(a), theirs(b)
+    a = u.clone().requires_grad_()
+    b = u.clone().requires_grad_()
+    out = ours(a)
+    expected = theirs(b)
     assert relative(out, expected) < 1e-5
     (out * weight).sum().backward()
     (expected * weight).sum().backward()
@@ -305,7 +317,9 @@ def test_mamba2_layer_equals_transformers(groups):
 
 def scan_arguments(l=53, groups=1, dtype=torch.float64):
     random = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x, dt, A = random(2, l, 4, 6), random(2, l, 4).exp(), -random(4).exp()
+    x = random(2, l, 4, 6)
+    dt = random(2, l, 4).exp()
+    A = -random(4).exp()
     drawn = x, dt, A, random(2, l, groups, 5), random(2, l, groups, 5), random(4)
     return [v.to(dtype).requires_grad_() for v in drawn]
 
@@ -314,7 +328,8 @@ def scan_arguments(l=53, groups=1, dtype=torch.float64):
 @pytest.mark.parametrize("chunk", [1, 7, 16, 53, 64])
 def test_ssd_is_the_recurrence(groups, chunk):
     x, dt, A, B, C, D = arguments = scan_arguments(groups=groups)
-    y, expected = ssd(x, dt, A, B, C, chunk, D=D), ssd_recurrence(x, dt, A, B, C, D=D)
+    y = ssd(x, dt, A, B, C, chunk, D=D)
+    expected = ssd_recurrence(x, dt, A, B, C, D=D)
     assert (y - expected).abs().max() < 1e-10
     weight = torch.randn_like(y)
     gradients = (torch.autograd.grad((out * weight).sum(), arguments) for out in (y, expected))
@@ -332,7 +347,8 @@ def test_mamba_ssms_kernel_is_the_recurrence():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     arguments = [v.detach().to(device).requires_grad_() for v in scan_arguments(dtype=torch.float32)]
     *tensors, D = arguments
-    y, expected = kernel(*tensors, 16, D=D), ssd_recurrence(*tensors, D=D)
+    y = kernel(*tensors, 16, D=D)
+    expected = ssd_recurrence(*tensors, D=D)
     assert relative(y, expected) < 1e-3
     for a, b in zip(*(torch.autograd.grad(out.square().sum(), arguments) for out in (y, expected))):
         assert relative(a, b) < 1e-2
@@ -340,7 +356,8 @@ def test_mamba_ssms_kernel_is_the_recurrence():
 
 def peak_memory(work):
     """The most bytes that autograd holds for backward at any time while `work` runs."""
-    alive, peak = weakref.WeakKeyDictionary(), 0
+    alive = weakref.WeakKeyDictionary()
+    peak = 0
 
     def pack(tensor):
         nonlocal peak
@@ -407,7 +424,8 @@ def test_mixers_scan_in_the_order_of_their_letter(letter):
     """As one Mamba layer over tokens that were put in order here, row by row or column by column."""
     torch.manual_seed(0)
     mixer = MambaMixer(letter, 32, d_state=8, head_dim=16, chunk_size=8).double()
-    x, rows = torch.randn(2, 5 * 3, 32, dtype=torch.float64), torch.arange(5 * 3)
+    x = torch.randn(2, 5 * 3, 32, dtype=torch.float64)
+    rows = torch.arange(5 * 3)
     columns = torch.tensor([3 * y + x for x in range(3) for y in range(5)])
     orders = {">": [rows], "<": [rows.flip(0)], "v": [columns], "^": [columns.flip(0)]}
     orders |= dict(W=orders[">"] + orders["<"], H=orders["v"] + orders["^"])
@@ -418,7 +436,8 @@ def test_mixers_scan_in_the_order_of_their_letter(letter):
 
 def test_folding_changes_nothing():
     """What sample.py runs: fuse folded into out_proj."""
-    model, x = shuffled(T2MD(pattern="SHW>", **TINY)).double(), inputs(dtype=torch.float64, size=(6, 10))
+    model = shuffled(T2MD(pattern="SHW>", **TINY)).double()
+    x = inputs(dtype=torch.float64, size=(6, 10))
     folded = t2md.freeze(copy.deepcopy(model), "cpu", torch.float64)
     numbers, fewer = (sum(p.numel() for p in network.parameters()) for network in (model, folded))
     assert fewer == numbers - 2 * 48**2
@@ -430,7 +449,8 @@ def test_folding_changes_nothing():
 
 def test_paper_configuration():
     with torch.device("meta"):
-        student, teacher = T2MD(), T2MD(pattern="S" * 28, out_channels=8, pos_embed="pixart")
+        student = T2MD()
+        teacher = T2MD(pattern="S" * 28, out_channels=8, pos_embed="pixart")
         theirs = PixArtTransformer2DModel(sample_size=64, caption_channels=4096)
     assert len(student.blocks) == 28 and [student.config.pattern.count(c) for c in "SHW"] == [4, 12, 12]
     sizes = [sum(p.numel() for p in model.parameters()) for model in (student, teacher, theirs)]
@@ -455,7 +475,8 @@ def test_every_letter_at_any_size_and_dtype(dtype, size):
 
 
 def test_padding_tokens_end_every_line_and_never_reach_the_output(tmp_path):
-    padding, h = t2md.PaddingTokens(8), torch.randn(2, 4 * 5, 8)
+    padding = t2md.PaddingTokens(8)
+    h = torch.randn(2, 4 * 5, 8)
     padded, grid = padding(h, (4, 5))
     assert grid == (7, 8) and torch.equal(padding.remove(padded, grid), h)
     padded = padded.unflatten(1, grid)
@@ -492,7 +513,9 @@ def test_attention_to_mamba_initialisation(tmp_path):
     teacher = as_teacher(shuffled(pixart()), tmp_path)
     student = t2md.student_of(teacher, "SW", **t2md.llama_shape(teacher))
     t2md.copy_attention(student.blocks[1].mixer, teacher.blocks[1].mixer)
-    mamba, attention, u = student.blocks[1].mixer.mamba, teacher.blocks[1].mixer, torch.randn(1, 5, 48)
+    mamba = student.blocks[1].mixer.mamba
+    attention = teacher.blocks[1].mixer
+    u = torch.randn(1, 5, 48)
     assert (mamba.n_heads, mamba.n_groups, mamba.d_state, mamba.head_dim) == (2, 2, 24, 24)
     _, xBC, _ = mamba.in_proj(u).split(mamba.split_sizes, dim=-1)
     v, k, q = (layer(u) - layer.bias for layer in (attention.to_v, attention.to_k, attention.to_q))
@@ -504,7 +527,8 @@ def test_attention_to_mamba_initialisation(tmp_path):
 
 def test_save_and_load(tmp_path):
     config = dict(pattern="SHW", pos_embed="pixart", beta_schedule="scaled_linear", vae="../vae")
-    model, x = shuffled(T2MD(**config, **TINY)), inputs()
+    model = shuffled(T2MD(**config, **TINY))
+    x = inputs()
     model.save_pretrained(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["config.json", "diffusion_pytorch_model.safetensors", "t2md.py"]
     for loaded in (T2MD.from_pretrained(tmp_path), t2md.load_backbone(str(tmp_path))):
@@ -514,7 +538,8 @@ def test_save_and_load(tmp_path):
 
 
 def test_gradient_checkpointing_changes_nothing():
-    model, gradients = shuffled(T2MD(pattern="SHW", **TINY)), []
+    model = shuffled(T2MD(pattern="SHW", **TINY))
+    gradients = []
     for switch in (model.disable_gradient_checkpointing, model.enable_gradient_checkpointing):
         switch()
         model.zero_grad()
@@ -562,7 +587,8 @@ def test_checkpointed_forcing_has_the_same_gradients_and_the_memory_of_one_mixer
     peaks = {}
     for depth in (7, 28):
         teacher = T2MD(pattern="S" * depth, pos_embed="pixart", **TINY).requires_grad_(False)
-        student, gradients = T2MD(pattern="SHWHWHW" * (depth // 7), pos_embed="pixart", **TINY), []
+        student = T2MD(pattern="SHWHWHW" * (depth // 7), pos_embed="pixart", **TINY)
+        gradients = []
         for checkpointing in (False, True):
             if checkpointing:
                 student.enable_gradient_checkpointing()
@@ -578,10 +604,12 @@ def test_checkpointed_forcing_has_the_same_gradients_and_the_memory_of_one_mixer
 
 def test_kd_loss_by_hand(pair):
     teacher, student = pair
-    x, noise = inputs(), torch.randn(2, 4, 16, 16)
+    x = inputs()
+    noise = torch.randn(2, 4, 16, 16)
     predictions = [t2md.predict_noise(model, **x, return_mixers=True) for model in pair]
     (soft_target, outputs), (predicted, mixers) = predictions
-    mse, soft = (predicted - noise).square().mean(), (predicted - soft_target).square().mean()
+    mse = (predicted - noise).square().mean()
+    soft = (predicted - soft_target).square().mean()
     mixer = sum((a - b).square().mean() for (_, a), (_, b) in zip(outputs, mixers)) / 7
     loss, terms = t2md.kd_loss(student, teacher, **x, noise=noise)
     assert torch.isclose(loss, mse + 0.5 * soft + 0.2 * mixer, rtol=1e-5)
@@ -592,7 +620,8 @@ def test_kd_loss_by_hand(pair):
 
 def test_the_shapes_world_weighs_errors_by_their_noise():
     """By 1 / sqrt(SNR), in [1, 8]; the SNR of a shape grows with its area. The paper's config does not."""
-    schedule, t = train.DDPMScheduler(1000, beta_start=1e-4, beta_end=2e-2), torch.tensor([300, 600, 900])
+    schedule = train.DDPMScheduler(1000, beta_start=1e-4, beta_end=2e-2)
+    t = torch.tensor([300, 600, 900])
     alpha_bar = schedule.alphas_cumprod[t]
     for amplitude in (1.0, 0.5):
         snr = amplitude**2 * alpha_bar / (1 - alpha_bar)
@@ -610,7 +639,8 @@ def test_bfloat16_holds_over_4096_tokens(tmp_path):
     assert mamba.A_log.dtype == mamba.dt_bias.dtype == torch.float32
     assert mamba.in_proj.weight.dtype == torch.bfloat16
     x = inputs(1, size=(128, 128))
-    z, text = x["z_t"].bfloat16(), x["text"].bfloat16()
+    z = x["z_t"].bfloat16()
+    text = x["text"].bfloat16()
     with torch.no_grad():
         want = t2md.predict_noise(exact, **x)
         got = t2md.predict_noise(rounded, z, x["t"], text, x["mask"]).float()
@@ -653,7 +683,8 @@ def checkpoint(components):
 def test_diffusers_pipeline_gives_our_latents(components, pattern, channels, schedule):
     torch.manual_seed(0)
     model = shuffled(T2MD(pattern, out_channels=channels, beta_schedule=schedule, **TINY64)).eval()
-    text_encoder, vae = TextEncoder(components), VAE(components)
+    text_encoder = TextEncoder(components)
+    vae = VAE(components)
     pieces = dict(tokenizer=text_encoder.tokenizer, text_encoder=text_encoder.model, vae=vae.model)
     pipeline = PixArtAlphaPipeline(**pieces, transformer=model, scheduler=sample.make_scheduler(schedule))
     pipeline.set_progress_bar_config(disable=True)
@@ -686,8 +717,11 @@ def test_captions_are_prepared_as_diffusers_does(components):
 
 def test_vae_agrees_with_diffusers(components):
     """Also after a preview in tiles; and neither part runs in an autocast around it."""
-    vae, encoder, x = VAE(components), TextEncoder(components), torch.rand(1, 3, 192, 256) * 2 - 1
-    posterior, (features, _) = vae.model.encode(x).latent_dist, encoder(["a photo of a star"])
+    vae = VAE(components)
+    encoder = TextEncoder(components)
+    x = torch.rand(1, 3, 192, 256) * 2 - 1
+    posterior = vae.model.encode(x).latent_dist
+    features, _ = encoder(["a photo of a star"])
     vae.decode(torch.randn(1, 4, 16, 16), tile=64)
     with torch.autocast("cpu", torch.bfloat16):
         mean, std = vae.moments(x)
@@ -712,7 +746,8 @@ def test_tiled_decode_has_no_seams():
 
 def test_the_text_encoder_is_gone_before_the_denoiser_works(monkeypatch, tmp_path):
     """And what it said of each caption stands in for it, padded and masked."""
-    encoders, gone = [], []
+    encoders = []
+    gone = []
 
     def load_parts(*arguments, **flags):
         pieces = real_load_parts(*arguments, **flags)
@@ -737,7 +772,8 @@ def test_the_text_encoder_is_gone_before_the_denoiser_works(monkeypatch, tmp_pat
 
 def test_frozen_parts_are_loaded_when_they_are_needed(components):
     """Config and tokenizer are read at once; the weights come with the first use, and go when told."""
-    vae, encoder = VAE(components), TextEncoder(components)
+    vae = VAE(components)
+    encoder = TextEncoder(components)
     assert (vae.channels, vae.factor, encoder.width) == (4, 8, 64)
     assert "model" not in vars(vae) and "model" not in vars(encoder)
     first, _ = encoder(["a star"])
@@ -771,9 +807,11 @@ def grid_of(beta_schedule, steps):
 def test_guidance_in_an_interval(components, passes):
     """Below it the model sees b rows, not 2b; and each step is the guided or the plain one."""
     torch.manual_seed(0)
-    model, encoder = shuffled(T2MD(pattern="SH", **TINY64)).double().eval(), TextEncoder(components)
+    model = shuffled(T2MD(pattern="SH", **TINY64)).double().eval()
+    encoder = TextEncoder(components)
     text, mask = encoder(["", "", "a star", "a red cross"])
-    noise, grid = torch.randn(2, 4, 16, 16), grid_of("linear", 8)
+    noise = torch.randn(2, 4, 16, 16)
+    grid = grid_of("linear", 8)
 
     def denoise(guidance, interval):
         passes.clear()
@@ -800,13 +838,17 @@ def test_guidance_in_an_interval(components, passes):
 
 def test_upsample_guidance(components, passes):
     """Its timestep by brute force; the small prediction goes under the large one; both are guided alike."""
-    abar, seen = sample.make_scheduler("scaled_linear").alphas_cumprod.double(), []
+    abar = sample.make_scheduler("scaled_linear").alphas_cumprod.double()
+    seen = []
     snr = [float(a / (1 - a)) for a in abar]
 
     def predict(z, t):
-        return (seen.append((z.shape, int(t))), 0.3 * z + float(t) / 1000)[1]
+        seen.append((z.shape, int(t)))
+        return 0.3 * z + float(t) / 1000
 
-    noise, z_t, pool = torch.randn(2, 4, 8, 12), torch.randn(2, 4, 8, 12), torch.nn.functional.avg_pool2d
+    noise = torch.randn(2, 4, 8, 12)
+    z_t = torch.randn(2, 4, 8, 12)
+    pool = torch.nn.functional.avg_pool2d
     for m, t in ((2, 999), (2, 700), (2, 850), (4, 999)):
         guided = sample.upsample_guidance(predict, z_t, t, noise, abar, m)
         nearest = min(range(t + 1), key=lambda s: abs(snr[s] - m**2 * snr[t]))
@@ -816,9 +858,16 @@ def test_upsample_guidance(components, passes):
         assert torch.allclose(pool(guided, m), small / m, atol=1e-5)
     assert sample.upsample_guidance(predict, z_t, 699, noise, abar, 2) is noise
     pure = torch.randn(64, 4, 16, 16)  # as z_t at t = 999: pooled and scaled it is again of unit variance
-    sample.upsample_guidance(lambda z, t: (seen.append(z.std()), z)[1], pure, 999, pure, abar, 2)
-    assert abs(seen[-1] - 1) < 0.02
-    model, (text, mask) = T2MD(pattern="S", **TINY64).eval(), TextEncoder(components)(["a star"] * 2)
+
+    def unit_variance(z, t):
+        assert abs(z.std() - 1) < 0.02
+        seen.append("pure")
+        return z
+
+    sample.upsample_guidance(unit_variance, pure, 999, pure, abar, 2)
+    assert seen[-1] == "pure"
+    model = T2MD(pattern="S", **TINY64).eval()
+    text, mask = TextEncoder(components)(["a star"] * 2)
     settings = sample.SamplerSettings(steps=10, upscale=2, guidance_interval=800)
     sample.denoise(model, text, mask, torch.randn(1, 4, 8, 8), settings)
     large, small = ([(rows, t) for rows, side, t in passes if side == n] for n in (8, 4))
@@ -866,8 +915,15 @@ def progressive_by_hand(model, vae, encoder):
 def test_progressive_sampling(checkpoint, passes, monkeypatch):
     """From the trained size on; larger, only the remaining steps of the sampler's own grid run, guided where
     the checkpoint says; each size is decoded once; one seed is one picture in any batch."""
-    generate, decoded, decode = sample.load(checkpoint), [], VAE.decode
-    monkeypatch.setattr(VAE, "decode", lambda vae, z: (decoded.append(z.shape[-1]), decode(vae, z))[1])
+    generate = sample.load(checkpoint)
+    decoded = []
+    decode = VAE.decode
+
+    def noted_decode(vae, z):
+        decoded.append(z.shape[-1])
+        return decode(vae, z)
+
+    monkeypatch.setattr(VAE, "decode", noted_decode)
     (image,) = generate(["a star"], (256, 256), [3], steps=10)
     timesteps = grid_of("scaled_linear", 10)
     later = [t for t in timesteps if t <= 600]
@@ -896,7 +952,8 @@ class NoFloat64(TorchDispatchMode):
 
 def test_no_float64_on_the_device(components):
     model = t2md.freeze(T2MD("SHW", use_additional_conditions=True, **TINY64), "meta", torch.float32)
-    (text, mask), picture = TextEncoder(components)(["a star"] * 2), torch.randn(1, 4, 12, 8, device="meta")
+    text, mask = TextEncoder(components)(["a star"] * 2)
+    picture = torch.randn(1, 4, 12, 8, device="meta")
     enlarging, renoising = (sample.SamplerSettings(steps=10, upscale=u, renoise=600) for u in (2, 1))
     with NoFloat64():
         sample.denoise(model, text, mask, torch.randn(1, 4, 8, 8), enlarging)
@@ -920,7 +977,8 @@ def test_an_exported_pipeline_gives_the_same_image_anywhere(components, tmp_path
     """By diffusers alone, in a folder and a process that know nothing of this repository: of a model trained
     at 2048 px, and of one that is told the size; a caption longer than was trained is cut where ours is."""
     shutil.copytree(components, tmp_path / "parts")
-    models, elsewhere = [tmp_path / "plain", tmp_path / "conditioned"], tmp_path / "elsewhere"
+    models = [tmp_path / "plain", tmp_path / "conditioned"]
+    elsewhere = tmp_path / "elsewhere"
     for model, conditioned in zip(models, (False, True)):
         save_model(model, sample_size=256, interpolation_scale=3, use_additional_conditions=conditioned)
         result = call("sample.py", "--export", elsewhere / model.name, "--model", model)
@@ -955,7 +1013,8 @@ def test_sample_command(checkpoint, tmp_path):
 
 def test_sample_writes_genevals_layout_and_resumes(checkpoint, tmp_path, monkeypatch):
     """And two processes, as torchrun starts them, share what is left: what is there is not made again."""
-    prompts, out = tmp_path / "metadata.jsonl", tmp_path / "out"
+    prompts = tmp_path / "metadata.jsonl"
+    out = tmp_path / "out"
     records = [dict(tag="counting", prompt=f"a photo of {n} stars") for n in ("two", "three", "four")]
     prompts.write_text("".join(json.dumps(r) + "\n" for r in records))
     flags = f"--prompts {prompts} --images 2 --model {checkpoint} --steps 2 --out {out}".split()
@@ -980,7 +1039,8 @@ def test_a_used_folder_is_refused_by_name(checkpoint, components, tmp_path):
     """For prompts from a file: another model, other prompts, seed, number, settings; nothing is touched."""
     (tmp_path / "a.txt").write_text("a photo of a star\n")
     (tmp_path / "b.txt").write_text("a photo of a cross\n")
-    other, out = os.path.join(os.path.dirname(components), "other"), tmp_path / "out"
+    other = os.path.join(os.path.dirname(components), "other")
+    out = tmp_path / "out"
     save_model(other, sample_size=8)
 
     def draw(changed="", prompts="a.txt", model=checkpoint):
@@ -1061,7 +1121,8 @@ def test_lists_of_prompts(checkpoint, tmp_path):
         (tmp_path / name).write_bytes(data)
         return [record["prompt"] for record in read_prompts(str(tmp_path / name))]
 
-    text, wanted = "a photo of a star\r\n\r\n  \r\na café\u2028 \r\n", ["a photo of a star", "a café"]
+    text = "a photo of a star\r\n\r\n  \r\na café\u2028 \r\n"
+    wanted = ["a photo of a star", "a café"]
     assert read("a.txt", text.encode()) == read("a.TXT", codecs.BOM_UTF8 + text.encode()) == wanted
     assert read("a.txt", text.encode("utf-16")) == wanted
     assert read("a.txt", text.replace("\r\n", "\r").encode()) == wanted
@@ -1089,7 +1150,8 @@ def test_lists_of_prompts(checkpoint, tmp_path):
 
 def test_imports_run_one_way():
     """t2md <- data <- sample <- train <- claims: whoever reads one needs only what stands before it."""
-    order, seen = ["t2md", "data", "sample", "train", "claims"], set()
+    order = ["t2md", "data", "sample", "train", "claims"]
+    seen = set()
     rooms = {f"{name}.py": name for name in ("t2md", "sample", "train")}
     for room in ("data", "claims"):
         rooms |= {f"{room}/{path.name}": room for path in pathlib.Path(HERE, room).glob("*.py")}
@@ -1345,7 +1407,8 @@ def test_kd_that_was_cut_off_goes_on(chain, tmp_path):
     frozen = [os.path.join(chain, name) for name in ("teacher", "vae", "text_encoder")]
     before = [files.fingerprint(folder) for folder in frozen]
     copy_parts(chain, tmp_path, "vae text_encoder forcing")
-    command, effects = kd_command(chain, tmp_path), [*[mock.DEFAULT] * 3, KeyboardInterrupt]
+    command = kd_command(chain, tmp_path)
+    effects = [*[mock.DEFAULT] * 3, KeyboardInterrupt]
     with mock.patch.object(t2md, "kd_loss", mock.Mock(wraps=t2md.kd_loss, side_effect=effects)):
         refused(call(*command), "stopped; the same command continues from the last checkpoint")
     assert steps_done(tmp_path / "kd") == (2, 6) and len(read_log(tmp_path / "kd")) == 3
@@ -1364,7 +1427,8 @@ def test_told_to_stop_a_stage_saves_its_step(chain, tmp_path, number):
     """By a scheduler, or by the first Ctrl-C; afterwards both signals are what they were."""
     copy_parts(chain, tmp_path, "vae text_encoder forcing")
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    kd_loss, calls = t2md.kd_loss, itertools.count()
+    kd_loss = t2md.kd_loss
+    calls = itertools.count()
 
     def told(*models, **inputs):
         if next(calls) == 2:
@@ -1512,7 +1576,8 @@ def test_three_steps_of_each_stage_by_hand(chain, tmp_path, monkeypatch, stage):
     train.run(arguments(flags))
 
     teacher = t2md.load_backbone(f"{tmp_path}/teacher").requires_grad_(False) if job.teacher else None
-    vae, encoder = VAE(f"{tmp_path}/vae{second}"), TextEncoder(f"{tmp_path}/text_encoder{second}")
+    vae = VAE(f"{tmp_path}/vae{second}")
+    encoder = TextEncoder(f"{tmp_path}/text_encoder{second}")
     data = {m: ImageData(imgs, 128 * m, vae, encoder, 5, ratios=settings.ratios) for m in settings.sizes}
     orders = {m: data[m].order(4 // m**2, stage) for m in settings.sizes}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -1521,7 +1586,8 @@ def test_three_steps_of_each_stage_by_hand(chain, tmp_path, monkeypatch, stage):
     fast = {name for name, _ in trained if name.startswith(("patch_embed", "caption_projection", "proj_out"))}
     for step, line in enumerate(read_log(tmp_path / stage)):
         m, chosen = batch_by_hand(job, data, orders, step)
-        totals, loss = {}, 0.0
+        totals = {}
+        loss = 0.0
         for i, k in enumerate(chosen):
             generator = files.generator(5, stage, step, i)
             z0, noise, t, caption = drawn_by_hand(data[m], vae, k, generator, settings.timesteps)
@@ -1553,7 +1619,8 @@ def test_three_steps_of_each_stage_by_hand(chain, tmp_path, monkeypatch, stage):
             for name, p in model.named_parameters():
                 average[name].lerp_(p, 1 - decay)
 
-    raw, saved = raw_weights(tmp_path, stage), T2MD.from_pretrained(tmp_path / stage).state_dict()
+    raw = raw_weights(tmp_path, stage)
+    saved = T2MD.from_pretrained(tmp_path / stage).state_dict()
     for of_run, of_hand in ((raw, dict(model.named_parameters())), (saved, average)):
         moved = torch.cat([(of_run[name] - start[name]).flatten() for name, _ in trained])
         expected = torch.cat([(of_hand[name].detach() - start[name]).flatten() for name, _ in trained])
@@ -1583,7 +1650,9 @@ def test_weights_of_equation_11_are_the_flags(chain, tmp_path):
 @pytest.mark.parametrize("float32", [False, True])
 def test_attention_in_float32_is_kept_out_of_autocast(monkeypatch, float32):
     """In self-attention, by the argument, in training alone; without autocast nothing is cast."""
-    model, seen, attention = T2MD(pattern="SH", float32_attention=float32, **TINY), [], t2md.attention
+    model = T2MD(pattern="SH", float32_attention=float32, **TINY)
+    seen = []
+    attention = t2md.attention
 
     def spy(q, k, v, heads, mask=None):
         seen.append((q.dtype, mask is None))
@@ -1726,7 +1795,8 @@ def test_adapt_takes_any_vae_and_any_t5(chain, tmp_path):
     flags = f"{other_parts(tmp_path)} --data {write_images(tmp_path)} --batch-size 2 --examples 0"
     flags += f" --out {tmp_path}"
     job = jobs_of(f"--stage adapt --steps 1 {flags}")["adapt"]
-    model, before = train.build(job).model, T2MD.from_pretrained(tmp_path / "kd").state_dict()
+    model = train.build(job).model
+    before = T2MD.from_pretrained(tmp_path / "kd").state_dict()
     new = {name for name, weight in model.state_dict().items() if weight.shape != before[name].shape}
     assert new == {
         "patch_embed.weight",
@@ -1782,8 +1852,10 @@ def test_a_translation_is_the_best_affine_map():
     torch.manual_seed(0)
     before = T2MD(pattern="S", **TINY)
     model = T2MD(pattern="S", **TINY | dict(caption_width=28))
-    affine, shift = torch.randn(28, 20), torch.randn(20)
-    seen, unseen = torch.randn(100, 28), torch.randn(10, 28)
+    affine = torch.randn(28, 20)
+    shift = torch.randn(20)
+    seen = torch.randn(100, 28)
+    unseen = torch.randn(10, 28)
     t2md.translate_text(model, before, seen, seen @ affine + shift)
     read = model.caption_projection.linear_1(unseen)
     assert relative(read, before.caption_projection.linear_1(unseen @ affine + shift)) < 1e-4
@@ -1805,7 +1877,8 @@ def test_a_teacher_may_be_a_transformer_alone_conditioned_on_size(chain, tmp_pat
 def test_a_gradient_that_is_not_finite_is_skipped_and_ten_end_the_run(chain, tmp_path, monkeypatch):
     """Though the loss that is said is finite: weights and EMA stay as they were."""
     copy_parts(chain, tmp_path, "vae text_encoder forcing")
-    calls, kd_loss = itertools.count(), t2md.kd_loss
+    calls = itertools.count()
+    kd_loss = t2md.kd_loss
 
     def spoiled(*models, **inputs):
         loss, terms = kd_loss(*models, **inputs)
@@ -1824,7 +1897,10 @@ def test_training_on_a_folder_of_images_with_a_cache(chain, tmp_path, monkeypatc
     """From a full cache neither VAE nor T5 is loaded; captions that were cut are said; what a killed save has
     left is swept away; a data set that has moved is known again, a run that was begun goes on with it."""
     copy_parts(chain, tmp_path, "vae text_encoder teacher")
-    data, seen, loaded, load_model = write_images(tmp_path), [], [], t2md.load_model
+    data = write_images(tmp_path)
+    seen = []
+    loaded = []
+    load_model = t2md.load_model
     with open(tmp_path / "images" / "metadata.jsonl", "a") as file:
         file.write(json.dumps(dict(file_name="red.png", text="red " * 200)))
     forcing_loss = t2md.forcing_loss
@@ -1833,9 +1909,11 @@ def test_training_on_a_folder_of_images_with_a_cache(chain, tmp_path, monkeypatc
         seen.append(os.path.exists(tmp_path / "forcing" / ".saving-1"))
         return forcing_loss(*models, **x)
 
-    monkeypatch.setattr(
-        t2md, "load_model", lambda cls, *a, **k: (loaded.append(cls), load_model(cls, *a, **k))[1]
-    )
+    def noted_load(model_class, *args, **kwargs):
+        loaded.append(model_class)
+        return load_model(model_class, *args, **kwargs)
+
+    monkeypatch.setattr(t2md, "load_model", noted_load)
     monkeypatch.setattr(t2md, "forcing_loss", spy)
     (tmp_path / "forcing" / ".saving-1").mkdir(parents=True)
     flags = f"--stage forcing --batch-size 2 --examples 0 --out {tmp_path} --cache {tmp_path}/cache --data"
@@ -1865,7 +1943,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def do_GET(self):
-        commit, names = "a" * 40, urllib.parse.urlparse(self.path).path.strip("/").split("/")
+        commit = "a" * 40
+        names = urllib.parse.urlparse(self.path).path.strip("/").split("/")
         if names[:2] == ["api", "models"]:
             folder = self.root.joinpath(*names[2:4])
             base = folder.joinpath(*names[6:])
@@ -1950,7 +2029,9 @@ def test_offline_is_said_and_what_is_no_repository_is_not_asked_for(monkeypatch)
 def test_a_checkpoint_is_due_by_time_too(chain, tmp_path, monkeypatch):
     """Every --save-minutes, whatever --save-every says; pictures are drawn at the latter alone."""
     copy_parts(chain, tmp_path, "vae text_encoder forcing")
-    clock, saved, save = iter(range(0, 10**6, 50)), [], train.Saver.save
+    clock = iter(range(0, 10**6, 50))
+    saved = []
+    save = train.Saver.save
 
     def spy(checkpoints, model, ema, optimizers, step, draw):
         saved.append((step, draw))
@@ -2005,8 +2086,10 @@ THREE_STEPS = "--stage {stage} --steps 3 --batch-size 5 --lr 1e-3 --examples 0 -
 def two_nodes(tmp_path_factory):
     """What two nodes of torchrun, of one process each, leave and say that train forcing, kd, and forcing for
     200 steps, in which one is told to stop; started as the README has it for several machines."""
-    chain, root = make_chain().name, tmp_path_factory.mktemp("two")
-    script, log = root / "train_with_adam.py", root / "stopped" / "forcing" / "log.jsonl"
+    chain = make_chain().name
+    root = tmp_path_factory.mktemp("two")
+    script = root / "train_with_adam.py"
+    log = root / "stopped" / "forcing" / "log.jsonl"
     script.write_text(TWO_STAGES.format(here=HERE, index=str(root / "index")))
     for name, have in (("forcing", ""), ("kd", " forcing"), ("stopped", "")):
         copy_parts(chain, root / name, "vae text_encoder teacher" + have)
@@ -2039,7 +2122,8 @@ def test_two_processes_and_accumulation_equal_one_process(chain, two_nodes, tmp_
     settings = dataclasses.replace(train.SHAPES_SETTINGS[stage], muon=False, pictures=15)
     monkeypatch.setitem(train.SHAPES_SETTINGS, stage, settings)  # Muon magnifies rounding
     folders = dict(one=tmp_path / "one", two=two_nodes[0] / stage, accumulated=tmp_path / "accumulated")
-    weights, logs = {}, {}
+    weights = {}
+    logs = {}
     for name, out in folders.items():
         if name != "two":
             copy_parts(chain, out, "vae text_encoder teacher" + (" forcing" if stage == "kd" else ""))
@@ -2069,7 +2153,8 @@ def test_previews_are_cheap_at_full_size(monkeypatch, tmp_path):
     monkeypatch.setattr(sample, "generate_all", generate_all)
     monkeypatch.setattr(train, "encoded_examples", lambda *_: None)
     data = {4: types.SimpleNamespace(rows=range(9), caption=lambda _: "a star")}
-    vae, trained = types.SimpleNamespace(factor=8), T2MD(pattern="SHW", **TINY | dict(sample_size=256))
+    vae = types.SimpleNamespace(factor=8)
+    trained = T2MD(pattern="SHW", **TINY | dict(sample_size=256))
     networks = train.Networks(trained, None, vae, None, None)
     for example_size, side in ((512, 512), (2048, 2048)):
         settings = dataclasses.replace(train.T2MD_SETTINGS["hires2"], example_size=example_size)

@@ -7,6 +7,7 @@ an epoch; what is not used is counted; no file is lost or mixed up; the shapes w
 import collections
 import concurrent.futures
 import datetime
+import functools
 import gzip
 import hashlib
 import io
@@ -64,7 +65,8 @@ def write_images(folder):
     pixels = np.full((60, 90, 3), 255, np.uint8)
     pixels[:, :30] = (200, 30, 30)
     image = Image.fromarray(pixels)
-    rotated, grey16 = Image.Exif(), np.full((60, 90), 60000, np.uint16)
+    rotated = Image.Exif()
+    grey16 = np.full((60, 90), 60000, np.uint16)
     rotated[274] = 6  # turn a quarter clockwise to see it upright
     grey16[:, :30] = 10000
     clear = image.convert("RGBA")
@@ -115,7 +117,8 @@ def check_picture(prompt, picture, size):
 def test_buckets_are_diffusers(pixels):
     """As diffusers' pipelines choose them, and for a coarser patch the nearest that it divides."""
     heights, widths = np.random.default_rng(0).integers(20, 5000, (2, 1000))
-    table, classify = images.aspect_ratios(pixels), PixArtImageProcessor.classify_height_width_bin
+    table = images.aspect_ratios(pixels)
+    classify = PixArtImageProcessor.classify_height_width_bin
     expected = [classify(int(h), int(w), table) for h, w in zip(heights, widths)]
     assert list(map(tuple, images.nearest_buckets(heights, widths, pixels).tolist())) == expected
     if pixels > 128:
@@ -154,7 +157,8 @@ def test_images_come_out_right_from_folders_and_shards(tmp_path, folder):
     write_tar(tmp_path / "shard-0.tar", *members[:8])
     write_tar(tmp_path / "shard-1.tar", *members[8:])
     (tmp_path / "shard-2.tar").write_bytes((tmp_path / "shard-0.tar").read_bytes()[:700])
-    of_folder, of_shards = load(folder), load(tmp_path / "shard-*.tar")
+    of_folder = load(folder)
+    of_shards = load(tmp_path / "shard-*.tar")
     assert of_folder.skipped == {
         "a file that is not there, or a link that leads nowhere": 1,
         "a caption that is empty, or no text": 1,
@@ -175,7 +179,8 @@ def test_images_come_out_right_from_folders_and_shards(tmp_path, folder):
 
 
 def test_bad_images_and_captions_are_skipped_and_counted(tmp_path):
-    folder, outside = tmp_path / "folder", tmp_path / "outside.png"
+    folder = tmp_path / "folder"
+    outside = tmp_path / "outside.png"
     folder.mkdir()
     for path, content in {"good": PNG, "point": png_of(1, 1), "giant": png_of(30_000, 30_000)}.items():
         (folder / f"{path}.png").write_bytes(content)
@@ -351,7 +356,8 @@ def test_header_picture_and_person_agree(tmp_path):
     """A picture, red above and white below, wherever the file keeps how it is turned."""
     pixels = np.full((80, 40, 3), 255, np.uint8)
     pixels[:40] = (255, 0, 0)
-    exif, stored = Image.Exif(), Image.fromarray(pixels).rotate(90, expand=True)
+    exif = Image.Exif()
+    stored = Image.fromarray(pixels).rotate(90, expand=True)
     exif[274] = 6
     for suffix in ("jpg", "png", "webp", "tif", "avif"):
         stored.save(tmp_path / f"{suffix}.{suffix}", exif=exif)
@@ -368,7 +374,8 @@ def test_header_picture_and_person_agree(tmp_path):
 def test_colours_are_srgb_whatever_the_mode():
     red = Image.new("RGB", (8, 8), "red")
     swapped = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    first, second = swapped.index(b"rXYZ"), swapped.index(b"gXYZ")  # of the table: what is red there is green
+    first = swapped.index(b"rXYZ")
+    second = swapped.index(b"gXYZ")  # of the table: what is red there is green
     swapped[first], swapped[second] = swapped[second], swapped[first]
     for mode in ("RGB", "P", "RGBA"):
         image = red.convert(mode)
@@ -380,7 +387,8 @@ def test_colours_are_srgb_whatever_the_mode():
         image = Image.new("RGB", (8, 8), "white").convert(mode)
         image.info["icc_profile"] = bytes(swapped)
         assert to_rgb(image).getpixel((0, 0)) == (255, 255, 255), mode
-    floats, sixteen = np.full((2, 8, 8), 0.5, np.float32), np.full((8, 8), 32768, np.uint16)
+    floats = np.full((2, 8, 8), 0.5, np.float32)
+    sixteen = np.full((8, 8), 32768, np.uint16)
     for array in (floats[0], floats[1] * 255, sixteen, sixteen.astype(np.int32)):
         assert to_rgb(Image.fromarray(array)).getpixel((0, 0)) == (127, 127, 127)
     assert to_rgb(Image.new("1", (8, 8), 1)).getpixel((0, 0)) == (255, 255, 255)
@@ -390,8 +398,10 @@ def test_colours_are_srgb_whatever_the_mode():
 
 
 def test_every_image_comes_once_an_epoch_whoever_takes_it():
-    data, bucket_of = object.__new__(ImageData), np.repeat(range(3), (50, 13, 1))
-    data.seed, data.buckets = 0, {bucket: np.flatnonzero(bucket_of == bucket) for bucket in range(3)}
+    data = object.__new__(ImageData)
+    bucket_of = np.repeat(range(3), (50, 13, 1))
+    data.seed = 0
+    data.buckets = {bucket: np.flatnonzero(bucket_of == bucket) for bucket in range(3)}
 
     def batches(stage="kd"):
         return list(itertools.islice(data.order(4, stage), 64))  # 4 epochs of 64 images
@@ -709,7 +719,12 @@ def test_many_shards_are_opened_once_and_hold_no_file_open(tmp_path, monkeypatch
     for numbers in packed.missing():
         packed.write(numbers[0], [(k, torch.full((k + 1, 3), float(k))) for k in numbers])
     opened = []
-    monkeypatch.setattr(packed, "open", lambda path: opened.append(path) or images.Packed.open(packed, path))
+
+    def noted_open(path):
+        opened.append(path)
+        return images.Packed.open(packed, path)
+
+    monkeypatch.setattr(packed, "open", noted_open)
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         for k in np.random.default_rng(0).permutation(200):
@@ -834,8 +849,17 @@ def test_bytes_are_on_disk_before_the_name(tmp_path, monkeypatch):
     done = []
     fsync = os.fsync
     replace = os.replace
-    monkeypatch.setattr(os, "fsync", lambda file: done.append("fsync") or fsync(file))
-    monkeypatch.setattr(os, "replace", lambda old, new: done.append("rename") or replace(old, new))
+
+    def noted_fsync(file):
+        done.append("fsync")
+        return fsync(file)
+
+    def noted_replace(old, new):
+        done.append("rename")
+        return replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
     files.write_text(tmp_path / "a", "text")
     assert done == ["fsync", "rename", "fsync"]
 
@@ -861,9 +885,13 @@ def test_a_folder_is_claimed_when_it_is_noted_not_when_it_is_checked(tmp_path):
 
 def test_waiting_for_files_has_a_week_and_a_step_half_an_hour(monkeypatch):
     calls = []
+
+    def record(name, *args, **kwargs):
+        calls.append((name, kwargs))
+        return "a group"
+
     for name in ("init_process_group", "new_group", "barrier"):
-        record = lambda *args, _name=name, **kwargs: calls.append((_name, kwargs)) or "a group"  # noqa: E731
-        monkeypatch.setattr(files.dist, name, record)
+        monkeypatch.setattr(files.dist, name, functools.partial(record, name))
     monkeypatch.setattr(files, "waiting_group", None)
     monkeypatch.setattr(files, "WORLD", 2)
     files.start_processes()
