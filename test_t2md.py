@@ -1681,6 +1681,53 @@ def test_a_stage_sets_float32_attention_as_its_settings_say(chain, monkeypatch, 
                 assert not model.blocks[0].cross_attention.float32
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_computes_in_its_dtype(chain, tmp_path, monkeypatch, dtype):
+    """By autocast: the weights stay in float32."""
+    seen = []
+    loss_of = train.loss_of
+
+    def noted_loss(job, networks, batch, m):
+        seen.append((torch.is_autocast_enabled("cpu"), networks.model.dtype))
+        return loss_of(job, networks, batch, m)
+
+    monkeypatch.setattr(train, "loss_of", noted_loss)
+    copy_parts(chain, tmp_path, "vae text_encoder")
+    flags = f"--stage forcing --steps 1 --batch-size 2 --examples 0 --dtype {dtype}"
+    train.run(arguments(f"{flags} --teacher {chain}/teacher --out {tmp_path}"))
+    assert seen == [(dtype == "bfloat16", torch.float32)]
+
+
+def test_activations_are_recomputed_where_the_configuration_says(chain):
+    for wanted in (True, False):
+        job = redo(chain, "kd")
+        config = dataclasses.replace(job.config, checkpointing=wanted)
+        networks = train.build(dataclasses.replace(job, config=config))
+        assert networks.model.is_gradient_checkpointing == wanted
+
+
+def test_pictures_are_of_the_weights_that_are_saved(chain, tmp_path, monkeypatch):
+    """Of the average over steps, not of the last step's."""
+    drawn = []
+
+    def noted_pictures(model, vae, text_encoder, captions, *others, **flags):
+        drawn.append(model)
+        return [Image.new("RGB", (8, 8))] * len(captions)
+
+    monkeypatch.setattr(sample, "generate_all", noted_pictures)
+    copy_parts(chain, tmp_path, "vae text_encoder forcing")
+    flags = "--steps 3 --batch-size 2 --examples 1 --lr 0.1"
+    train.run(arguments(" ".join(kd_command(chain, tmp_path, flags)[1:])))
+    saved = t2md.load_denoiser(str(tmp_path / "kd"))
+    raw = copy.deepcopy(t2md.load_backbone(str(tmp_path / "kd")))
+    raw.load_state_dict(raw_weights(tmp_path, "kd"))
+    x = inputs(width=64)
+    noise = t2md.predict_noise(saved, **x)
+    _, of_student = drawn
+    assert relative(t2md.predict_noise(of_student, **x), noise) < 1e-5
+    assert relative(t2md.predict_noise(raw, **x), noise) > 1e-3
+
+
 def test_what_must_run_first(chain, tmp_path):
     """What OUT has is taken first, then what is shipped; the rest is trained before."""
 
@@ -2155,7 +2202,7 @@ def test_previews_are_cheap_at_full_size(monkeypatch, tmp_path):
     data = {4: types.SimpleNamespace(rows=range(9), caption=lambda _: "a star")}
     vae = types.SimpleNamespace(factor=8)
     trained = T2MD(pattern="SHW", **TINY | dict(sample_size=256))
-    networks = train.Networks(trained, None, vae, None, None)
+    networks = train.Networks(model=trained, teacher=None, vae=vae, text_encoder=None, schedule=None)
     for example_size, side in ((512, 512), (2048, 2048)):
         settings = dataclasses.replace(train.T2MD_SETTINGS["hires2"], example_size=example_size)
         job = types.SimpleNamespace(
