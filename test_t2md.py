@@ -1198,8 +1198,11 @@ def test_rates_and_decay_of_each_parameter():
     of_mamba = ("A_log", "D", "dt_bias", "norm.weight", "conv1d.bias")
     assert {"blocks.1.mixer.mamba." + name for name in of_mamba} <= still
     assert {"blocks.0.scale_shift_table", "scale_shift_table", "padding.tokens", "proj_out.bias"} <= still
+    matrices = {name for name, p in model.named_parameters() if p.ndim == 2 and name.endswith(".weight")}
+    assert matrices and not matrices & still
     for name, p in model.named_parameters():
-        assert name in still or name.endswith("weight") and p.ndim > 1
+        if name not in still:
+            assert name.endswith("weight") and p.ndim > 1 and groups[id(p)]["weight_decay"] == 0.03
         assert groups[id(p)]["base_lr"] == (1e-4 if ".mamba." in name or ".fuse." in name else 2e-5), name
 
 
