@@ -69,25 +69,26 @@ def sampler_settings(model, **given):
 
 
 @torch.no_grad()
-def denoise(model, text, mask, latents, settings, pixels_per_latent=8, picture=None, progress=False):
+def denoise(model, text, mask, noise, settings, pixels_per_latent=8, start=None, progress=False):
     """Noise -> latents (b, c, height, width), by DPM-Solver++ with guidance (equation 2).
 
     Equals diffusers' PixArtAlphaPipeline.
 
     text (2b, s, caption_width), mask (2b, s): first of the unconditional branch, then of the captions.
-    latents: standard normal noise (b, c, height, width).  settings: a SamplerSettings.
-    picture: latents (b, c, height, width) to start from instead, at the first timestep <= settings.renoise.
+    noise: standard normal (b, c, height, width).  settings: a SamplerSettings.
+    start: latents (b, c, height, width) to add the noise to, at the first timestep <= settings.renoise.
     """
     # 1. The scheduler: the timesteps, and how one is left for the next.
     scheduler = make_scheduler(model.config.beta_schedule)
     scheduler.set_timesteps(settings.steps)
     timesteps = scheduler.timesteps
-    if picture is not None:
+    latents = noise
+    if start is not None:
         first = first_step(timesteps, settings.renoise)
         scheduler.set_begin_index(first)
         timesteps = timesteps[first:]
         alpha_bar = scheduler.alphas_cumprod[timesteps[0]]
-        latents = alpha_bar.sqrt() * picture + (1 - alpha_bar).sqrt() * latents.to(picture.device)
+        latents = alpha_bar.sqrt() * start + (1 - alpha_bar).sqrt() * noise.to(start.device)
     latents = latents.to(model.device, model.dtype)
     text = text.to(model.device, model.dtype)
     mask = mask.to(model.device)
@@ -95,11 +96,12 @@ def denoise(model, text, mask, latents, settings, pixels_per_latent=8, picture=N
         # 2. The predicted noise.
         guidance = settings.guidance if t >= settings.guidance_interval else 1.0
         predict = functools.partial(guided_noise, model, text, mask, guidance, pixels_per_latent)
-        noise = predict(latents, t)
+        predicted = predict(latents, t)
         if settings.upscale > 1:
-            noise = upsample_guidance(predict, latents, t, noise, scheduler.alphas_cumprod, settings.upscale)
+            alphas_cumprod = scheduler.alphas_cumprod
+            predicted = upsample_guidance(predict, latents, t, predicted, alphas_cumprod, settings.upscale)
         # 3. The step.
-        latents = scheduler.step(noise, t, latents, return_dict=False)[0]
+        latents = scheduler.step(predicted, t, latents, return_dict=False)[0]
     return latents
 
 
@@ -152,11 +154,16 @@ def upsample_guidance(predict, z_t, t, noise, alphas_cumprod, m):
 # ---------------------------------------------------------------------------------------------------
 
 
-def load(folder, device="cpu", dtype=torch.float32, **overrides):
-    """A checkpoint folder -> `generate` with all its parts filled in: call it with prompts, size, seeds."""
+def load_networks(folder, device="cpu", dtype=torch.float32, **overrides):
+    """A checkpoint folder -> (model, vae, text_encoder), frozen.  overrides: entries of its config."""
     model = t2md.load_denoiser(folder, device, dtype, **overrides)
     vae, text_encoder = t2md.load_parts(model, folder, device, dtype)
-    return functools.partial(generate, model, vae, text_encoder)
+    return model, vae, text_encoder
+
+
+def load(folder, device="cpu", dtype=torch.float32, **overrides):
+    """A checkpoint folder -> `generate` with its networks filled in: call it with prompts, size, seeds."""
+    return functools.partial(generate, *load_networks(folder, device, dtype, **overrides))
 
 
 @torch.no_grad()
@@ -176,7 +183,7 @@ def generate(model, vae, text_encoder, prompts, size, seeds, progress=False, **g
     else:
         known = (model.config.start_size or model.config.sample_size) * vae.factor
         sizes = sizes_on_the_way(size, known, model.config.patch_size * vae.factor)
-    picture = None
+    start = None
     pixels = None
     for level, (width, height) in enumerate(sizes):
         noise = []
@@ -186,8 +193,8 @@ def generate(model, vae, text_encoder, prompts, size, seeds, progress=False, **g
             )
         if level > 0:
             pixels = F.interpolate(pixels, size=(height, width), mode="bicubic").clamp(-1, 1)
-            picture, _ = vae.moments(pixels, tile=1024)
-        latents = denoise(model, text, mask, torch.cat(noise), settings, vae.factor, picture, progress)
+            start, _ = vae.moments(pixels, tile=1024)
+        latents = denoise(model, text, mask, torch.cat(noise), settings, vae.factor, start, progress)
         pixels = vae.decode(latents)
     return to_images(pixels)
 
@@ -196,7 +203,8 @@ def sizes_on_the_way(size, known, multiple):
     """The sizes (width, height) in pixels at which progressive sampling makes a picture of `size`.
 
     Up to 1.5 times the `known` side: that size alone. Beyond: first the known area in the same shape, both
-    sides multiples of `multiple`; then doubled again and again, the last time by what remains.
+    sides multiples of `multiple`; then doubled again and again, the last time by what remains. A last
+    enlargement of less than 7% is joined to the one before.
     """
     width, height = size
     factor = (width * height) ** 0.5 / known
@@ -243,7 +251,7 @@ def encode_captions(text_encoder, captions):
 
 
 class EncodedCaptions:
-    """Stands in for a text encoder, by far the largest part, when all captions are encoded and it is gone."""
+    """Replaces the text encoder when all captions are encoded, so that its memory can be freed."""
 
     def __init__(self, features):
         self.features = features  # of `encode_captions`

@@ -145,43 +145,43 @@ def ssd_recurrence(x, dt, A, B, C, D=None):
 
 
 def ssd_chunk(state, x, dt, A, B, C):
-    """The same map over one chunk of c tokens, as matrix products: state space duality.
+    """The same map over one chunk of k tokens, as matrix products: state space duality.
 
-    Write s_i for the running sum of dt A inside the chunk and u_j = dt_j x_j. Unrolled from its start,
+    Write a_i for the running sum of dt A inside the chunk and u_j = dt_j x_j. Unrolled from its start,
 
-        y_i       = sum_{j <= i} (C_i . B_j) exp(s_i - s_j) u_j  +  exp(s_i) C_i^T state_in
-        state_out = exp(s_last) state_in  +  sum_j exp(s_last - s_j) B_j u_j^T
+        y_i       = sum_{j <= i} (C_i . B_j) exp(a_i - a_j) u_j  +  exp(a_i) C_i^T state_in
+        state_out = exp(a_last) state_in  +  sum_j exp(a_last - a_j) B_j u_j^T
 
     so inside it is causal attention without a softmax, (G * L) u. Every exponent is <= 0: strong decay
     underflows to zero and nothing overflows. Decays and states are float32 (or float64), whatever x is.
 
     With r heads in each of g groups: state (b, g, r, n, p), or None before the first chunk;
-    x (b, c, g, r, p), dt (b, c, g, r), A (g, r), B and C (b, c, g, n).
+    x (b, k, g, r, p), dt (b, k, g, r), A (g, r), B and C (b, k, g, n).
     Returns y like x, and the state after the chunk.
     """
     # 1. What each token brings: u = dt x.
     u = x * dt[..., None].to(x.dtype)
-    # 2. The logarithm of the decay from the chunk's start to each token.
-    s = (dt * A).cumsum(dim=1)  # (b, c, g, r)
-    s_last = s[:, -1]  # (b, g, r)
+    # 2. The logarithm of the decay from the chunk's start to each token: a_i.
+    log_decay = (dt * A).cumsum(dim=1)  # (b, k, g, r)
+    last = log_decay[:, -1]  # (b, g, r)
     # 3. L: the decay from token j to a later token i. Above the diagonal i comes before j, and the difference
     #    is positive and may be large. tril makes it 0 before exp can overflow, which leaves ones there;
     #    G is 0 above the diagonal, so these ones count for nothing.
-    s_by_head = s.movedim(1, -1)  # (b, g, r, c)
-    L = (s_by_head[..., :, None] - s_by_head[..., None, :]).tril().exp()  # (b, g, r, i, j)
+    by_head = log_decay.movedim(1, -1)  # (b, g, r, k)
+    L = (by_head[..., :, None] - by_head[..., None, :]).tril().exp()  # (b, g, r, i, j)
     # 4. G: C_i . B_j where j <= i, else 0. All heads of a group share it.
     G = torch.einsum("bign,bjgn->bgij", C, B).tril()[:, :, None]  # (b, g, 1, i, j)
     # 5. What the chunk reads of itself.
     y = torch.einsum("bgrij,bjgrp->bigrp", (G * L).to(x.dtype), u)
     # 6. What it reads of everything before it.
     if state is not None:
-        decay_from_start = s.exp()[..., None].to(x.dtype)
+        decay_from_start = log_decay.exp()[..., None].to(x.dtype)
         y = y + decay_from_start * torch.einsum("bign,bgrnp->bigrp", C, state.to(x.dtype))
     # 7. What it leaves behind.
-    decay_to_end = (s_last[:, None] - s).exp()[..., None].to(x.dtype)
-    state_out = torch.einsum("bjgn,bjgrp->bgrnp", B, u * decay_to_end).to(s.dtype)
+    decay_to_end = (last[:, None] - log_decay).exp()[..., None].to(x.dtype)
+    state_out = torch.einsum("bjgn,bjgrp->bgrnp", B, u * decay_to_end).to(log_decay.dtype)
     if state is not None:
-        state_out = s_last.exp()[..., None, None] * state + state_out
+        state_out = last.exp()[..., None, None] * state + state_out
     return y, state_out
 
 
@@ -233,7 +233,7 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, y, z):
         gated = (upcast(y) * F.silu(upcast(z))).unflatten(-1, (self.groups, -1))
-        normed = (gated * torch.rsqrt(gated.pow(2).mean(-1, keepdim=True) + self.eps)).flatten(-2)
+        normed = F.rms_norm(gated, gated.shape[-1:], eps=self.eps).flatten(-2)
         return normed.to(y.dtype) * self.weight.to(y.dtype)
 
 
@@ -257,7 +257,7 @@ class Mamba2(nn.Module):
     Args:
         width: d.  d_state: n.  expand: inner width / d.  head_dim: p.
         d_conv: tokens that the convolution sees.  n_groups: how many B and C the heads share.
-        chunk_size: tokens that the scan takes at once; it changes speed, not the result.
+        chunk_size: tokens that the scan takes at once (without mamba-ssm at most 64); the result is the same.
     """
 
     def __init__(self, width, d_state=256, expand=2, head_dim=64, d_conv=4, n_groups=1, chunk_size=256):
@@ -699,8 +699,8 @@ def check_arguments(config):
         inner = config.expand * config.width
         if inner % config.head_dim:
             raise ValueError(f"Mamba's inner width {inner} must be a multiple of head_dim {config.head_dim}")
-        if (inner // config.head_dim) % config.n_groups or inner % config.n_groups:
-            heads = inner // config.head_dim
+        heads = inner // config.head_dim
+        if heads % config.n_groups:
             raise ValueError(f"Mamba's {heads} heads must be a multiple of n_groups {config.n_groups}")
     if config.pos_embed not in COORDINATES:
         raise ValueError(f"pos_embed {config.pos_embed!r} must be one of {', '.join(COORDINATES)}")
@@ -835,14 +835,14 @@ def rename_pixart(weights):
     return renamed
 
 
-def student_of(teacher, pattern, model_class=None, **arguments):
-    """A student: what is no mixer, and every mixer whose letter stays, is the teacher's bit for bit.
+def student_of(teacher, pattern, model_class=T2MD, **arguments):
+    """A student that has all of the teacher's weights, except mixers whose letter changes: those are fresh.
 
-    The other mixers are fresh, as are DiM's additions. It predicts the noise only.
+    DiM's additions are fresh too. It predicts the noise only.
 
     Args:
         teacher: a T2MD.  pattern: the student's mixers, a letter for each block.
-        model_class: T2MD (None) or DiM.  arguments: any argument of that class, such as Mamba's shape.
+        model_class: T2MD or DiM.  arguments: any argument of that class, such as Mamba's shape.
     """
     if len(pattern) != len(teacher.blocks):
         blocks = len(teacher.blocks)
@@ -850,7 +850,7 @@ def student_of(teacher, pattern, model_class=None, **arguments):
     of_student = teacher.arguments()
     of_student.update(pattern=pattern, out_channels=teacher.config.in_channels)
     of_student.update(arguments)
-    student = (model_class or T2MD)(**of_student)
+    student = model_class(**of_student)
     weights = student.state_dict()
     for name, weight in teacher.state_dict().items():
         if ".mixer." not in name:
@@ -1109,7 +1109,7 @@ def load_model(cls, path_or_repo, subfolder, **kwargs):
 
 
 def load_config(path_or_repo):
-    """The entries of a backbone's config.json, or of that of a pipeline's transformer."""
+    """The entries of config.json, of a backbone or of a pipeline's transformer."""
     return load_part(T2MD.load_config, path_or_repo, "transformer")
 
 
@@ -1172,7 +1172,7 @@ def load_denoiser(path_or_repo, device="cpu", dtype=torch.float32, **overrides):
 
 
 def freeze(model, device, dtype):
-    """Make a T2MD ready for sampling on `device` in `dtype`."""
+    """Freeze a T2MD for good, in place: fold its Mamba layers, and move it to `device` in `dtype`."""
     for block in model.blocks:
         if isinstance(block.mixer, MambaMixer):
             block.mixer.fold()

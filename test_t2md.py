@@ -754,9 +754,9 @@ def test_the_text_encoder_is_gone_before_the_denoiser_works(monkeypatch, tmp_pat
         encoders.append(pieces[1])
         return pieces
 
-    def denoise(model, text, mask, latents, *_, **__):
+    def denoise(model, text, mask, noise, *_, **__):
         gone.append("model" not in vars(encoders[0]))
-        return latents
+        return noise
 
     real_load_parts = t2md.load_parts
     monkeypatch.setattr(t2md, "load_parts", load_parts)
@@ -956,7 +956,7 @@ def test_no_float64_on_the_device(components):
     enlarging, renoising = (sample.SamplerSettings(steps=10, upscale=u, renoise=600) for u in (2, 1))
     with NoFloat64():
         sample.denoise(model, text, mask, torch.randn(1, 4, 8, 8), enlarging)
-        out = sample.denoise(model, text, mask, torch.randn(1, 4, 12, 8), renoising, picture=picture)
+        out = sample.denoise(model, text, mask, torch.randn(1, 4, 12, 8), renoising, start=picture)
     assert out.is_meta and out.shape == (1, 4, 12, 8)
     with pytest.raises(AssertionError), NoFloat64():
         torch.zeros(2, dtype=torch.float64).to("meta")
@@ -1174,7 +1174,7 @@ def test_muon_is_torchs():
     torch.manual_seed(0)
     start = [torch.randn(*shape) for shape in ((24, 40), (40, 24), (16, 16))]
     weights, copies = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
-    muon = train.Muon([dict(params=weights, lr=0.02, weight_decay=0.1)], {})
+    muon = train.Muon([dict(params=weights, lr=0.02, weight_decay=0.1)])
     reference = torch.optim.Muon(copies, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
         for a, b in zip(weights, copies):
@@ -1239,7 +1239,9 @@ def test_shares_are_of_the_images():
     """hires1: four fifths of the images, not of the batches, are of twice the size; a restart goes on."""
     settings = train.ShapesSettings(steps=4000, sizes=train.T2MD_SETTINGS["hires1"].sizes)
     job = types.SimpleNamespace(name="hires1", seed=0, settings=settings)
-    endless = types.SimpleNamespace(order=lambda images, stage: ([k] * images for k in itertools.count()))
+    endless = types.SimpleNamespace(
+        order=lambda batch_size, stage: ([k] * batch_size for k in itertools.count())
+    )
     steps = list(train.batches(job, {1: endless, 2: endless}, 0))
     seen = {m: sum(len(chosen) for _, k, chosen in steps if k == m) for m in (1, 2)}
     assert {(m, len(chosen)) for _, m, chosen in steps} == {(1, 32), (2, 8)}
@@ -1573,7 +1575,7 @@ def test_three_steps_of_each_stage_by_hand(chain, tmp_path, monkeypatch, stage):
     networks = train.build(job)
     model = networks.model
     if stage == "adapt":
-        train.translate_text(job, networks, train.open_data(job, networks))
+        train.begin_with_translation(job, networks, train.open_data(job, networks))
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     train.run(arguments(flags))
 
@@ -1882,7 +1884,7 @@ def test_adapt_begins_by_reading_the_new_t5_as_the_old_one(chain, tmp_path, monk
             layer = [weights[f"caption_projection.linear_1.{name}"] for name in ("weight", "bias")]
             read.append(torch.nn.functional.linear(encoder([caption])[0], *layer))
         assert relative(read[1], read[0]) < 1e-3
-    monkeypatch.setattr(train, "translate_text", None)
+    monkeypatch.setattr(train, "begin_with_translation", None)
     train.run(arguments(flags.replace("--steps 1", "--steps 2")))
     assert steps_done(tmp_path / "adapt") == (2, 2)
 

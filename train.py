@@ -72,7 +72,7 @@ class Settings:
     weight_decay: float = 0.03
     muon: bool = False  # Muon for the matrices of the blocks
     clip: float = 0.01  # gradient norm
-    ema: float = 0.9999  # in every stage, as the paper
+    ema: float = 0.9999  # as the paper; diffusers' EMAModel warms up to it in about 90,000 steps
     timesteps: tuple | None = None  # uniform; else mean, deviation of a normal distribution within [0, 1000)
     snr_weight: float = 0.0  # not the paper's: see `noise_weight`
     translate: int = 0  # not the paper's: captions by which adapt first translates the new T5's features
@@ -93,7 +93,7 @@ SHAPES_RATIOS = ("1.0", "0.78", "1.29", "0.57", "1.75")  # squares, 4:3 and 16:9
 
 @dataclass(frozen=True)
 class ShapesSettings(Settings):
-    """What is otherwise in the shapes world, whose model is a thousand times smaller."""
+    """What differs in the shapes world, whose model is a thousand times smaller."""
 
     batch_size: int = 32
     lr: float = 1e-3
@@ -121,6 +121,7 @@ T2MD_SETTINGS = {
     ),
     "kd": Settings(
         steps=180_000,
+        lr=2e-5,  # of self-attention
         new_lr=1e-4,  # of the Mamba layers
         clip=0.1,
         ratios=SQUARE,
@@ -343,7 +344,7 @@ def plan(args):
     """The jobs of what --stage names, and before it of what it needs. Loads and trains nothing."""
     config = CONFIGS[args.config]
     places = find_places(args.out, config.shipped, args.teacher)
-    stages = [name for name in CHAIN if name in config.settings]
+    stages = list(config.settings)
     if "parts" in config.shipped:
         stages.insert(0, "parts")
     # 1. Which stages run: all that OUT lacks; or from the named one back to what is there.
@@ -515,6 +516,7 @@ def build(job):
     """The networks that a stage begins with, on the device, frozen as the stage says."""
     vae = VAE(job.vae, job.device)
     text_encoder = TextEncoder(job.text_encoder, device=job.device, dtype=getattr(torch, job.dtype))
+    # The weights of both are loaded when they are first used.
     torch.manual_seed(zlib.crc32(f"{job.seed}/{job.name}".encode()))
     model = first_model(job, vae, text_encoder)
     t2md.check_widths(model, vae, text_encoder)
@@ -549,7 +551,7 @@ def first_model(job, vae, text_encoder):
     if "pos_embed" in changes:
         changes["pos_embed"] = job.pos_embed
     model = t2md.load_backbone(job.start, **changes, **attention)
-    if job.start == job.teacher:
+    if job.start == job.teacher:  # there is no student yet
         model = first_student(job, model)
     if job.stage.swaps:
         model = t2md.fit_ends(model, vae.channels, text_encoder.width)
@@ -617,7 +619,7 @@ def base_pixels(job, networks):
     return networks.model.config.sample_size * networks.vae.factor // max(job.settings.sizes)
 
 
-def translate_text(job, networks, data):
+def begin_with_translation(job, networks, data):
     """Let adapt begin with a model that reads the new T5's features as the old one's."""
     before = t2md.load_backbone(job.start)
     old_encoder = TextEncoder(t2md.component_path(job.start, before.config.text_encoder))
@@ -625,8 +627,8 @@ def translate_text(job, networks, data):
     if old_encoder.tokenizer.get_vocab() != new_encoder.tokenizer.get_vocab():
         print(f"{job.name}: the captions are not translated, as the tokenizers differ")
         return
-    images = data[max(data)]
-    captions = [images.caption(k) for k in range(min(job.settings.translate, len(images.rows)))]
+    dataset = data[max(data)]
+    captions = [dataset.caption(k) for k in range(min(job.settings.translate, len(dataset.rows)))]
     features = sample.encode_captions(new_encoder, captions)
     features_before = sample.encode_captions(old_encoder, captions)
     tokens = torch.cat(list(features.values())).float()
@@ -661,9 +663,9 @@ def batches(job, data, first):
     The shares of a stage are of its images: larger ones come in smaller batches, and so more often.
     """
     sizes = job.settings.sizes
-    images = {m: max(1, job.settings.batch_size // m**2) for m in sizes}
-    frequency = torch.tensor([share / images[m] for m, share in sizes.items()])
-    orders = {m: data[m].order(images[m], job.name) for m in sizes}
+    batch_sizes = {m: max(1, job.settings.batch_size // m**2) for m in sizes}
+    frequency = torch.tensor([share / batch_sizes[m] for m, share in sizes.items()])
+    orders = {m: data[m].order(batch_sizes[m], job.name) for m in sizes}
     for step in range(job.settings.steps):
         m = max(sizes)
         if len(sizes) > 1:
@@ -705,8 +707,8 @@ def example_painter(job, networks, data):
     settings = job.settings
     base = base_pixels(job, networks)
     side = settings.example_size or base * max(data)
-    images = data[min(data)]
-    captions = [images.caption(k) for k in range(min(settings.examples, len(images.rows)))]
+    dataset = data[min(data)]
+    captions = [dataset.caption(k) for k in range(min(settings.examples, len(dataset.rows)))]
     if job.example_prompts:
         captions = [record["prompt"] for record in read_prompts(job.example_prompts)]
         captions = captions[: settings.examples]
@@ -776,8 +778,8 @@ def loss_of(job, networks, batch, m=1):
     # Equation 8, the diffusion loss; in the shapes world each image's error is weighed by its noise
     predicted = t2md.predict_noise(model, **inputs)
     mse = t2md.mse_loss(noise, predicted)
-    root = noise_weight(networks.schedule, t, m * job.settings.snr_weight).sqrt()
-    loss = t2md.mse_loss(root * noise, root * predicted)
+    weight = noise_weight(networks.schedule, t, m * job.settings.snr_weight)
+    loss = (weight * (noise - t2md.upcast(predicted)).square()).mean()
     return loss, dict(mse=mse.detach())
 
 
@@ -815,7 +817,7 @@ def train(job):
         return
     print_settings(job)
     if done == 0 and job.stage.swaps and settings.translate > 0:
-        translate_text(job, networks, data)
+        begin_with_translation(job, networks, data)
     # 2. The pictures' captions are encoded; with a cache nothing else asks the text encoder any more.
     show = example_painter(job, networks, data)
     if data[max(data)].cached:
@@ -841,13 +843,13 @@ def run_steps(job, networks, data, optimizers, ema, first, saver, stop, log):
     bar = progress(load_batches(job, data, first), job.name, settings.steps, initial=first)
     skipped_in_a_row = 0
     asked = time.monotonic()
-    for step, (m, images, micro_batches) in enumerate(bar, first):
+    for step, (m, batch_size, micro_batches) in enumerate(bar, first):
         began = time.monotonic()
         # 1. Loss and gradient: this process's share of the mean over the global batch.
         terms = {}
         for batch in micro_batches:
             batch = {name: tensor.to(job.device, non_blocking=True) for name, tensor in batch.items()}
-            share = len(batch["t"]) / images
+            share = len(batch["t"]) / batch_size
             device_type = torch.device(job.device).type
             with torch.autocast(device_type, torch.bfloat16, enabled=job.dtype == "bfloat16"):
                 loss, named = loss_of(job, networks, batch, m)
@@ -876,7 +878,8 @@ def run_steps(job, networks, data, optimizers, ema, first, saver, stop, log):
         line = dict(step=step, **terms, gradient=norm, lr=rate, skipped=not finite, **times)
         print(json.dumps(line), file=log, flush=True)
         values = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
-        bar.set_postfix_str(f"{values}, lr {rate:.2g}, {images / (now - asked):.0f} images/s", refresh=False)
+        speed = f"{batch_size / (now - asked):.0f} images/s"
+        bar.set_postfix_str(f"{values}, lr {rate:.2g}, {speed}", refresh=False)
         # 5. The checkpoint; told to stop, the last one.
         done = step + 1
         regular = done % settings.save_every == 0 or done == settings.steps
@@ -976,8 +979,8 @@ def print_settings(job):
 def print_skipped(job, networks, data):
     """Print which images were left out and why, and how many captions were cut."""
     base = base_pixels(job, networks)
-    for m, images in data.items():
-        for reason, count in images.skipped.items():
+    for m, dataset in data.items():
+        for reason, count in dataset.skipped.items():
             print(f"{job.name}: {count} images skipped at {m * base} px: {reason}")
     if networks.text_encoder.cut > 0:
         print(f"{job.name}: {networks.text_encoder.cut} captions were longer than the text encoder takes")
@@ -995,13 +998,18 @@ class Muon(torch.optim.Optimizer):
     times slower on many CPUs.
     """
 
+    def __init__(self, groups):
+        super().__init__(groups, defaults={})
+
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"]
                 momentum.lerp_(p.grad, 0.05)
                 update = orthogonalise(p.grad.lerp(momentum, 0.95))  # Nesterov's
                 p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -1031,27 +1039,31 @@ def new_optimizers(model, settings, faster):
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        by_muon = settings.muon and "blocks." in name and p.ndim == 2 and "table" not in name
+        is_matrix = p.ndim >= 2 and name.endswith("weight")
+        by_muon = settings.muon and is_matrix and "blocks." in name and p.ndim == 2
         rate = settings.lr
         if id(p) in fast and settings.new_lr is not None:
             rate = settings.new_lr
-        decay = settings.weight_decay if p.ndim >= 2 and name.endswith("weight") else 0.0
-        groups.setdefault((by_muon, rate, decay), []).append(p)
+        weight_decay = settings.weight_decay if is_matrix else 0.0
+        groups.setdefault((by_muon, rate, weight_decay), []).append(p)
     adamw = []
     muon = []
-    for (by_muon, rate, decay), parameters in groups.items():
-        group = dict(params=parameters, lr=rate, base_lr=rate, weight_decay=decay)
+    for (by_muon, rate, weight_decay), parameters in groups.items():
+        group = dict(params=parameters, lr=rate, base_lr=rate, weight_decay=weight_decay)
         (muon if by_muon else adamw).append(group)
     optimizers = []
     if adamw:
         optimizers.append(torch.optim.AdamW(adamw, betas=settings.betas, eps=settings.eps))
     if muon:
-        optimizers.append(Muon(muon, {}))
+        optimizers.append(Muon(muon))
     return optimizers
 
 
 def set_rates(optimizers, step, settings):
-    """Warm-up, then constant, then down to zero -> the rate of most parameters."""
+    """Set each group's rate: warm-up, then constant, then down to zero -> `lr` at this step.
+
+    The modules that a stage calls `faster` learn at new_lr, which rises and falls in the same way.
+    """
     factor = min(1.0, (step + 1) / settings.warmup)
     if settings.decay > 0:
         factor *= min(1.0, (settings.steps - step) / (settings.decay * settings.steps))
@@ -1067,7 +1079,7 @@ def set_rates(optimizers, step, settings):
 
 
 def run(args):
-    """What --stage names, and first whatever it needs."""
+    """Train the stage that --stage names, after the stages that it needs."""
     if WORLD > 1 and not dist.is_initialized():
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -1079,7 +1091,7 @@ def run(args):
     jobs = plan(args)
     print(f"{' then '.join(job.name for job in jobs) or 'nothing is left to train'}, into {args.out}")
     for job in jobs:
-        with files.lock(place_of(job.name, args.out)):
+        with files.lock(job.folder):
             if job.name == "parts":
                 train_parts(job)
             else:
@@ -1133,7 +1145,7 @@ def parse_arguments(argv=None):
     add("--lr", type=float, help="peak learning rate")
     add("--timesteps", type=float, nargs=2, metavar=("MEAN", "DEVIATION"), help="t is normal, not uniform")
     add("--snr-weight", type=float, metavar="A", help="see `noise_weight`; 0: no weights")
-    add("--vae", help="folder or repository of the VAE (default: its predecessor's)")
+    add("--vae", help="folder or repository of the VAE (default: its predecessor's, of adapt the config's)")
     add("--text-encoder", help="the same for the T5 encoder and its tokenizer")
     add("--examples", type=int, help="pictures drawn at every checkpoint")
     add("--example-size", type=int, metavar="PX", help="their side")
@@ -1148,6 +1160,8 @@ def parse_arguments(argv=None):
     unknown = set(args.pattern) - set("S") - set(t2md.SCANS)
     if unknown:
         parser.error(f"--pattern {args.pattern} must be made of the letters S {' '.join(t2md.SCANS)}")
+    if args.quick and args.config != "shapes":
+        parser.error("--quick is for --config shapes")
     for name in ("steps", "batch_size", "micro_batch", "save_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")

@@ -276,7 +276,7 @@ def sheet(rows, prompts, out, seed, device):
     """Sample the rows of a sheet: each picture from the noise of its own seed, the same in every row."""
     named = []
     for row in rows:
-        model, vae, text_encoder = sample.load(row.model.format(out=out), device).args
+        model, vae, text_encoder = sample.load_networks(row.model.format(out=out), device)
         text = row.size or str(model.config.sample_size * vae.factor)
         size = sample.parse_size(text, vae.factor * model.config.patch_size)
         images = sample.generate_all(model, vae, text_encoder, prompts, size, seed, **row.settings)
@@ -314,7 +314,7 @@ def run(args):
         records = read_prompts(args.prompts) if args.prompts else []
         save_plot(os.path.join(args.out, "curves.png"), curves(args.curves, records))
     elif args.film:
-        teacher, student = (sample.load(folder, args.device).args for folder in args.models)
+        teacher, student = (sample.load_networks(folder, args.device) for folder in args.models)
         frames = film_frames(teacher, student, args.film, args.size or 2048, args.seed)
         save_film(os.path.join(args.out, "film.webp"), frames)
     elif args.sheet:
@@ -322,7 +322,7 @@ def run(args):
         picture = sheet(SHEETS[args.sheet], prompts, args.out, args.seed, args.device)
         save(os.path.join(args.out, f"{args.sheet}.png"), picture.save)
     else:
-        model, vae, text_encoder = sample.load(args.models[-1], args.device).args
+        model, vae, text_encoder = sample.load_networks(args.models[-1], args.device)
         pixels = args.size or model.config.sample_size * vae.factor
         picture = field_sheet(model, vae, text_encoder, pixels, args.seed)
         save(os.path.join(args.out, "field.png"), picture.save)

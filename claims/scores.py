@@ -28,8 +28,7 @@ from data.shapes import TAGS, detect_shapes, draw_shapes, heldout_records, outli
 from t2md import predict_noise
 
 OUT = train.CONFIGS["shapes"].out
-ASSETS = os.path.join(sample.HERE, "assets")
-SHIPPED = [os.path.join(ASSETS, name) for name in ("teacher", "student_kd", "student")]
+SHIPPED = [os.path.join(train.ASSETS, name) for name in ("teacher", "student_kd", "student")]
 COLUMNS = (*TAGS, "overall", "dirty", "outline")
 
 
@@ -202,7 +201,7 @@ def run(args):
     rows = []  # of the sheet
     sides = []
     for folder in checkpoints(args):
-        model, vae, text_encoder = sample.load(folder, args.device).args
+        model, vae, text_encoder = sample.load_networks(folder, args.device)
         trained_at = model.config.sample_size * vae.factor
         sides.append(trained_at // model.interpolation_scale)  # the base size
         multiple = vae.factor * model.config.patch_size * args.upscale

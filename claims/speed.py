@@ -33,6 +33,7 @@ import t2md
 import train
 from data import files, index
 from data.images import ImageData
+from data.shapes import add_to_tar
 from t2md import T2MD
 
 # Operations a second of an H100, by its data sheet, without sparsity.
@@ -386,9 +387,7 @@ def write_random_images(path, count, pixels):
     with tarfile.open(path, "w") as tar:
         for k in range(count):
             for suffix, content in (("png", png.getvalue()), ("txt", f"image {k}".encode())):
-                info = tarfile.TarInfo(f"{k:08}.{suffix}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+                add_to_tar(tar, f"{k:08}.{suffix}", content)
 
 
 def cached_data(args, job, folder):

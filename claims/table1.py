@@ -223,7 +223,7 @@ def open_study(args):
     budget = dict(steps=args.steps, records=args.records, dtype=args.dtype, batch_size=args.batch_size)
     budget["teacher"] = files.fingerprint(path)
     files.check_made_with(os.path.join(args.out, "ablate"), budget)
-    teacher, vae, text_encoder = sample.load(path, args.device).args
+    teacher, vae, text_encoder = sample.load_networks(path, args.device)
     return Study(args, budget, path, teacher, vae, text_encoder)
 
 

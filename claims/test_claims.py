@@ -122,7 +122,7 @@ def test_a_sheet_has_the_rows_names_and_the_prompts_on_it():
 
 def test_relative_errors_on_the_students_and_on_the_teachers_hidden_states():
     """The first block's input is the same either way; on the teacher's, no error reaches the next block."""
-    teacher, vae, text_encoder = sample.load(os.path.join(ASSETS, "teacher")).args
+    teacher, vae, text_encoder = sample.load_networks(os.path.join(ASSETS, "teacher"))
     student = t2md.student_of(teacher, "HSSSSSS")
     errors = scores.relative_errors(student, teacher, vae, text_encoder, heldout_records(18, 0), 64, 0)
     assert errors["mixers"][0] == errors["forced"][0] > 0.1
@@ -289,7 +289,7 @@ def test_film(chain, tmp_path, monkeypatch):
     """The pictures on the way end, without guidance, in what is sampled; the film grows."""
     monkeypatch.setattr(sample, "generate", functools.partial(sample.generate, steps=2))
     folders = [os.path.join(chain, stage) for stage in ("teacher", "kd")]
-    student = sample.load(folders[1]).args
+    student = sample.load_networks(folders[1])
     student[0].register_to_config(guidance=1.0)
     *_, predicted, result = figures.pictures_on_the_way(*student, "a photo of a star", 128, 0)
     assert np.abs(np.asarray(predicted, int) - np.asarray(result, int)).max() <= 1

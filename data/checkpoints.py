@@ -14,7 +14,7 @@ from data.files import RANK
 def finished(folder):
     """Return True if `folder` holds a completely trained model.
 
-    Without a training state it does if it was never trained here: somebody put a model there.
+    A model without training state and log was put there by hand, and counts as finished.
     """
     if not os.path.exists(os.path.join(folder, "config.json")):
         return False

@@ -194,8 +194,10 @@ class ImageData:
             files.make_folder(cache)
             of_captions = [self.digest, files.fingerprint(text_encoder.source), text_encoder.max_length]
             of_images = [self.digest, files.fingerprint(vae.source), pixels, multiple, float(enlarge), ratios]
-            self.cached_captions = Packed(cache, cache_name("captions", of_captions), self.index.count)
-            self.cached_images = Packed(cache, cache_name(f"{pixels}px", of_images), len(self.rows))
+            captions = cache_name("captions", of_captions)
+            images = cache_name(f"{pixels}px", of_images)
+            self.cached_captions = Packed(cache, captions, self.index.caption_count)
+            self.cached_images = Packed(cache, images, len(self.rows))
             self.fill_cache()
 
     def fill_buckets(self, source, multiple, enlarge, ratios):
@@ -213,7 +215,7 @@ class ImageData:
             what = "metadata.jsonl or .csv, images with a .txt beside each, or tar shards"
             raise ValueError(f"{source} has no usable image; looked for {what}, skipped {dict(self.skipped)}")
         self.rows = np.flatnonzero(large).astype(np.int32)  # number of an image here -> its row of the index
-        self.captions = images[large, 2]
+        self.caption_numbers = images[large, 2]
         self.sizes = sizes[large].astype(np.int16)
         self.buckets = {}
         for height, width in sorted(set(aspect_ratios(self.pixels, multiple, ratios).values())):
@@ -221,7 +223,7 @@ class ImageData:
             if len(members):
                 self.buckets[height, width] = members.astype(np.int32)
 
-    def order(self, images, stage):
+    def order(self, batch_size, stage):
         """Yield, without end, the numbers of the images of one batch after the other, each of one bucket.
 
         It is a function of seed, stage and epoch. In an epoch every image comes once; what fills no batch of
@@ -233,8 +235,8 @@ class ImageData:
             batches = []
             for bucket, members in self.buckets.items():
                 stream = np.concatenate([left[bucket], rng.permutation(members)])
-                whole = len(stream) // images * images
-                batches.append(stream[:whole].reshape(-1, images))
+                whole = len(stream) // batch_size * batch_size
+                batches.append(stream[:whole].reshape(-1, batch_size))
                 left[bucket] = stream[whole:]
             batches = np.concatenate(batches)
             for k in rng.permutation(len(batches)):
@@ -242,7 +244,7 @@ class ImageData:
 
     def caption(self, k):
         """Return the caption of image k."""
-        return self.index.caption(self.captions[k])
+        return self.index.caption(self.caption_numbers[k])
 
     def substitutes(self, k):
         """Yield image k, then the others of its bucket from there on, then all images."""
@@ -355,7 +357,7 @@ class ImageData:
         noise = torch.empty_like(z0)
         for i, generator in enumerate(generators):
             dropped = torch.rand((), generator=generator) < drop
-            captions.append(0 if dropped else int(self.captions[seen[i]]))
+            captions.append(0 if dropped else int(self.caption_numbers[seen[i]]))
             t.append(draw_timestep(generator, timesteps))
             mean, std = moments[i]
             torch.randn(mean.shape, generator=generator, out=z0[i])
@@ -438,7 +440,7 @@ def count_long(index, text_encoder):
     """Return how many captions of an Index are longer than 120 tokens of a text encoder's tokenizer."""
     tokenizer = load_part(AutoTokenizer.from_pretrained, text_encoder, "tokenizer")
     count = 0
-    for number in range(index.count):
+    for number in range(index.caption_count):
         caption = index.caption(number).lower().strip()
         count += len(tokenizer(caption, verbose=False).input_ids) > 120
     return count

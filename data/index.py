@@ -462,7 +462,7 @@ class Index:
             self.images = np.frombuffer(b"".join(part for (part,) in parts), np.int32).reshape(-1, 3)
             self.digest, skipped = self.read("SELECT digest, skipped FROM about")
             self.skipped = collections.Counter(json.loads(skipped))
-            self.count = self.read("SELECT max(number) + 1 FROM captions")[0]
+            self.caption_count = self.read("SELECT max(number) + 1 FROM captions")[0]
         except (sqlite3.Error, TypeError, ValueError) as error:
             raise self.damaged(error) from error
 

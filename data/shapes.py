@@ -394,7 +394,7 @@ def write_shard(numbers, pixels, seed, ratios, path):
             rng = np.random.default_rng([seed, pixels, k])
             record = training_record(rng)
             png = io.BytesIO()
-            draw_shapes(record, (int(width), int(height)), rng).save(png, "PNG")
+            draw_shapes(record, (width, height), rng).save(png, "PNG")
             add_to_tar(tar, f"{k:08}.png", png.getvalue())
             add_to_tar(tar, f"{k:08}.txt", record["prompt"].encode())
             add_to_tar(tar, f"{k:08}.json", json.dumps(record).encode())

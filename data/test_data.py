@@ -433,7 +433,7 @@ def test_a_tenth_of_the_captions_is_dropped(tmp_path, components):
     data.text_of = lambda captions: (captions, None)
     generators = [files.generator(0, "kd", 0, i) for i in range(400)]
     captions = data.batch([0] * 400, generators)["text"]
-    assert data.captions[0] != 0 and set(captions) == {0, int(data.captions[0])}
+    assert data.caption_numbers[0] != 0 and set(captions) == {0, int(data.caption_numbers[0])}
     assert 22 <= captions.count(0) <= 58  # 40 +- 3 standard deviations
 
 
@@ -573,7 +573,8 @@ def test_an_index_of_many_images_is_quick_and_read_by_any_thread(tmp_path, monke
     monkeypatch.setattr(index.Source, "pieces", lambda self, skipped: pieces)
     monkeypatch.setattr(index, "PART", 30_000)
     data = load(tmp_path)
-    assert len(data.rows) == count and data.index.count == 778 and data.index.images.nbytes == 12 * count
+    assert len(data.rows) == count and data.index.caption_count == 778
+    assert data.index.images.nbytes == 12 * count
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         found = list(pool.map(data.caption, range(4 * 777)))
     assert found == [f"caption {k % 777}" for k in range(4 * 777)]
