@@ -195,6 +195,8 @@ def generate(model, vae, text_encoder, prompts, size, seeds, progress=False, **g
             pixels = F.interpolate(pixels, size=(height, width), mode="bicubic").clamp(-1, 1)
             start, _ = vae.moments(pixels, tile=1024)
         latents = denoise(model, text, mask, torch.cat(noise), settings, vae.factor, start, progress)
+        if not latents.isfinite().all():
+            raise FloatingPointError("the picture is not finite; try --dtype float32")
         pixels = vae.decode(latents)
     return to_images(pixels)
 

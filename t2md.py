@@ -1026,6 +1026,9 @@ class TextEncoder:
             raise ValueError(f"the text encoder in {path_or_repo} is a {config.model_type}, and must be a t5")
         self.width = config.d_model
         self.tokenizer = load_part(AutoTokenizer.from_pretrained, path_or_repo, "tokenizer")
+        words = set(self.tokenizer.get_vocab()) - set(self.tokenizer.all_special_tokens)
+        if len(words) < 2:  # transformers makes an empty one where there is none
+            raise ValueError(f"{path_or_repo} lacks its tokenizer: spiece.model or tokenizer.json")
 
     @functools.cached_property
     def model(self):

@@ -784,6 +784,19 @@ def test_frozen_parts_are_loaded_when_they_are_needed(components):
     assert torch.equal(encoder(["a star"])[0], first)
 
 
+def test_a_text_encoder_without_its_tokenizer_is_refused(components, tmp_path):
+    """transformers makes an empty one, to which all words are the same."""
+    shutil.copytree(os.path.join(components, "text_encoder"), tmp_path / "t5")
+    with pytest.raises(ValueError, match="t5 lacks its tokenizer: spiece.model or tokenizer.json"):
+        TextEncoder(str(tmp_path / "t5"))
+
+
+def test_a_picture_that_is_not_finite_is_no_black_picture(checkpoint, monkeypatch):
+    monkeypatch.setattr(sample, "denoise", lambda *_: torch.full((1, 4, 8, 8), torch.nan))
+    with pytest.raises(FloatingPointError, match="not finite; try --dtype float32"):
+        sample.load(checkpoint)(["a star"], (64, 64), [0])
+
+
 @pytest.fixture
 def passes(monkeypatch):
     """[(rows, side of the latents, timestep)] of every pass of the sampler through a model."""
@@ -1277,6 +1290,8 @@ def test_flags_are_for_the_stage_that_is_named(tmp_path):
         assert jobs[name].settings == train.SHAPES_SETTINGS[name]
     quick = jobs_of(f"--stage kd --quick --steps 9 --out {tmp_path}")
     assert (quick["forcing"].settings.steps, quick["kd"].settings.steps) == (200, 9)
+    full = ("--stage", "kd", "--quick", "--config", "t2md", "--data", "x")
+    refused(call("train.py", *full), "--quick is for --config shapes")
     for numbers in (("600", "0"), ("-1", "9"), ("600", "nan")):
         refused(call("train.py", "--stage", "kd", "--timesteps", *numbers), "and a positive deviation")
     refused(call("train.py", "--stage", "distill"), "invalid choice", "kd")
@@ -1373,13 +1388,19 @@ def test_a_stage_starts_from_its_predecessor_and_moves_what_it_trains(chain, sta
 
 
 def redo(chain, stage, flags=""):
-    """The Job of a stage of the chain, as if it was not done yet."""
-    state = os.path.join(chain, stage, "training_state.pt")
-    os.rename(state, state + ".away")
-    try:
-        return jobs_of(f"--stage {stage} --steps 2 --batch-size 2 --out {chain} {flags}")[stage]
-    finally:
-        os.rename(state + ".away", state)
+    """The Job of a stage of the chain, once more."""
+    return jobs_of(f"--stage {stage} --steps 2 --batch-size 2 --out {chain} {flags}")[stage]
+
+
+def test_the_shapes_world_has_ratios_where_the_configuration_names_none(chain, tmp_path):
+    """As with --config t2md --data shapes."""
+    job = redo(chain, "adapt")
+    settings = dataclasses.replace(job.settings, ratios=None)
+    networks = train.build(job)
+    (data,) = train.open_data(
+        dataclasses.replace(job, settings=settings, folder=f"{tmp_path}/a"), networks
+    ).values()
+    assert len(data.buckets) > 1
 
 
 def test_adapt_can_keep_the_teachers_embedding(chain):
@@ -1743,6 +1764,7 @@ def test_what_must_run_first(chain, tmp_path):
     assert names("--stage hires1") == ["adapt", "hires1"]
     assert names("--stage teacher") == ["teacher"]
     assert names("--stage all") == list(train.CHAIN)
+    assert names("--stage all --vae v --text-encoder t") == list(train.STAGES)  # no parts that nobody uses
     shipped = jobs_of(f"--stage adapt --out {tmp_path}")["adapt"]
     assert shipped.start == os.path.join(train.ASSETS, "student_kd")
     assert shipped.vae == os.path.join(train.ASSETS, "vae_adapt")
@@ -1751,24 +1773,50 @@ def test_what_must_run_first(chain, tmp_path):
     copy_parts(chain, tmp_path, "forcing vae text_encoder")
     assert names("--stage kd") == ["kd"]
     assert jobs_of(f"--stage teacher --out {tmp_path}")["teacher"].vae == str(tmp_path / "vae")
-    state = checkpoints.read_state(str(tmp_path / "forcing"))
-    state.update(steps=9)
-    torch.save(state, tmp_path / "forcing" / "training_state.pt")
+    torch.save(dict(step=2, steps=9), tmp_path / "forcing" / "training_state.pt")
     assert names("--stage kd") == ["forcing", "kd"]
     with pytest.raises(ValueError, match="starts from PixArt-alpha.*, it trains no teacher"):
         names("--stage teacher --config t2md --data x")
 
 
-def test_a_stage_that_has_barely_begun_is_not_finished(chain, tmp_path):
-    """A model without a training state was put there by somebody, unless the folder has been trained in."""
-    copy_parts(chain, tmp_path, "kd")
-    assert checkpoints.finished(tmp_path / "kd")
-    os.remove(tmp_path / "kd" / "training_state.pt")
+def test_a_stage_that_is_begun_is_neither_finished_nor_replaced(chain, tmp_path):
+    """It goes on first, for as many steps as it was begun for; no shipped model takes its place."""
+    copy_parts(chain, tmp_path, "forcing kd vae text_encoder")
+    torch.save(dict(step=2, steps=9), tmp_path / "kd" / "training_state.pt")
+    jobs = jobs_of(f"--stage hires1 --out {tmp_path}")
+    assert list(jobs) == ["kd", "adapt", "hires1"] and jobs["adapt"].start == str(tmp_path / "kd")
+    assert jobs["kd"].settings.steps == 9
+    assert jobs_of(f"--stage kd --out {tmp_path}")["kd"].settings.steps == 9
+    assert jobs_of(f"--stage kd --steps 5 --out {tmp_path}")["kd"].settings.steps == 5
+    torch.save(dict(step=0, steps=9), tmp_path / "kd" / "training_state.pt")  # killed at the first checkpoint
     assert not checkpoints.finished(tmp_path / "kd")
+    assert list(jobs_of(f"--stage adapt --out {tmp_path}")) == ["adapt"]
+
+
+def test_a_model_whose_training_state_is_gone_is_not_trained_over(chain, tmp_path):
+    """A model without a state was put there by somebody, unless it was trained there."""
+    copy_parts(chain, tmp_path, "forcing kd vae text_encoder")
+    before = files.fingerprint(str(tmp_path / "kd"))
+    os.remove(tmp_path / "kd" / "training_state.pt")
+    for command in (kd_command(chain, tmp_path), ["train.py", "--stage", "adapt", "--out", str(tmp_path)]):
+        refused(call(*command), "kd was trained here, and its training_state.pt is gone: put it back")
     os.remove(tmp_path / "kd" / "log.jsonl")
     assert checkpoints.finished(tmp_path / "kd")
+    os.remove(tmp_path / "kd" / "made_with.json")
+    assert "kd: finished" in call(*kd_command(chain, tmp_path)).stdout
+    assert files.fingerprint(str(tmp_path / "kd")) == before
     os.remove(tmp_path / "kd" / "config.json")
     assert not checkpoints.finished(tmp_path / "kd")
+
+
+def test_what_is_refused_encodes_nothing(chain, tmp_path):
+    copy_parts(chain, tmp_path, "vae text_encoder forcing kd")
+    write_images(tmp_path)
+    cache = tmp_path / "cache"
+    command = [*kd_command(chain, tmp_path), "--data", str(tmp_path / "images"), "--cache", str(cache)]
+    refused(call(*command), "kd was made with")
+    refused(call(*command, "--example-prompts", "nothere.txt"), "nothere.txt")
+    assert not cache.exists() or not os.listdir(cache)
 
 
 def test_pictures_that_cannot_be_drawn_lose_no_steps(chain, tmp_path):

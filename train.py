@@ -327,7 +327,7 @@ class Job:
     device: str
     dtype: str
     micro_batch: int | None
-    example_prompts: str | None
+    example_prompts: list | None  # captions of the pictures; None: the data's first
     made_with: dict  # what its result depends on, beside models and data
 
 
@@ -350,6 +350,8 @@ def plan(args):
     # 1. Which stages run: all that OUT lacks; or from the named one back to what is there.
     if args.stage == "all":
         given = ("parts", "teacher") if args.teacher else ()
+        if args.vae and args.text_encoder:
+            given = (*given, "parts")
         names = [n for n in stages if n not in given and places.get(n) != place_of(n, args.out)]
     elif args.stage not in stages:
         raise ValueError(f"--config {args.config} starts from {places['teacher']}, it trains no {args.stage}")
@@ -376,11 +378,17 @@ def place_of(name, out):
 
 
 def find_places(out, shipped, teacher):
-    """{stage or part: where its result is}: in OUT if it is finished there, else what is shipped."""
+    """{stage or part: where its result is}: in OUT if it is finished there, else what is shipped.
+
+    A stage that is begun in OUT and not finished has no place yet.
+    """
     places = dict(shipped)
     for name in (*PARTS, *STAGES):
-        if checkpoints.finished(os.path.join(out, name)):
-            places[name] = os.path.join(out, name)
+        folder = os.path.join(out, name)
+        if checkpoints.finished(folder):
+            places[name] = folder
+        elif checkpoints.steps_done(folder) > 0:
+            places.pop(name, None)
     if all(places.get(part) == os.path.join(out, part) for part in PARTS):
         places["parts"] = out
     if teacher:
@@ -406,7 +414,8 @@ def make_job(name, args, config, places, jobs):
     if name == "kd" and args.init == "scratch":
         # It keeps nothing of the teacher, so there is nothing to freeze.
         stage = dataclasses.replace(stage, trains="everything", faster="everything")
-    settings = settings_with_flags(name, config.settings[name], vars(args), named)
+    folder = os.path.join(args.out, name)
+    settings = settings_with_flags(name, config.settings[name], vars(args), named, folder)
     check_batch(name, settings)
     dim = {key: True for key in ("padding_tokens", "local_enhancement") if getattr(args, key)}
     made_with = {k: v for k, v in dataclasses.asdict(settings).items() if k not in MAY_CHANGE}
@@ -421,6 +430,9 @@ def make_job(name, args, config, places, jobs):
         needed = "a VAE and a text encoder that were made for such pictures"
         hint = "such as --vae stabilityai/sd-vae-ft-mse --text-encoder google/flan-t5-small"
         raise ValueError(f"a teacher of --data {args.data} needs {needed}, {hint}")
+    example_prompts = None
+    if args.example_prompts:
+        example_prompts = [record["prompt"] for record in read_prompts(args.example_prompts)]
     growth = 1
     if before in config.settings:
         growth = max(settings.sizes) // max(config.settings[before].sizes)
@@ -433,7 +445,7 @@ def make_job(name, args, config, places, jobs):
         stage=stage,
         settings=settings,
         config=config,
-        folder=os.path.join(args.out, name),
+        folder=folder,
         start=start,
         teacher=places["teacher"] if stage.loss != "noise" else None,
         **part_paths,
@@ -450,7 +462,7 @@ def make_job(name, args, config, places, jobs):
         device=args.device,
         dtype=args.dtype,
         micro_batch=args.micro_batch,
-        example_prompts=args.example_prompts,
+        example_prompts=example_prompts,
         made_with=made_with,
     )
 
@@ -460,11 +472,17 @@ OF_NAMED_STAGE = ("steps", "batch_size", "lr", "timesteps", "snr_weight", "examp
 OF_EVERY_STAGE = ("save_every", "save_minutes")
 
 
-def settings_with_flags(name, settings, flags, named):
-    """A stage's settings, replaced by the flags that are given: most are for the stage that --stage names."""
+def settings_with_flags(name, settings, flags, named, folder):
+    """A stage's settings, replaced by the flags that are given: most are for the stage that --stage names.
+
+    A stage that is begun in `folder` goes on for as many steps as it was begun for.
+    """
     changes = {}
     if flags["quick"] and name in ("forcing", "kd"):
         changes.update(QUICK)
+    begun = checkpoints.steps_planned(folder)
+    if begun is not None:
+        changes["steps"] = begun
     for key in OF_NAMED_STAGE:
         if named and flags[key] is not None:
             changes[key] = flags[key]
@@ -597,9 +615,10 @@ def open_data(job, networks):
         if job.data == "shapes":
             most = settings.pictures * max(settings.sizes) // m
             count = min(most, settings.steps * settings.batch_size)
-            name = f"{m * base}px-{count}-{len(settings.ratios)}-seed{job.seed}"
+            ratios = settings.ratios or SHAPES_RATIOS
+            name = f"{m * base}px-{count}-{len(ratios)}-seed{job.seed}"
             folder = os.path.join(out, "pictures", name)
-            source = shapes.write_shards(folder, m * base, count, job.seed, settings.ratios)
+            source = shapes.write_shards(folder, m * base, count, job.seed, ratios)
         data[m] = ImageData(
             source,
             m * base,
@@ -710,8 +729,7 @@ def example_painter(job, networks, data):
     dataset = data[min(data)]
     captions = [dataset.caption(k) for k in range(min(settings.examples, len(dataset.rows)))]
     if job.example_prompts:
-        captions = [record["prompt"] for record in read_prompts(job.example_prompts)]
-        captions = captions[: settings.examples]
+        captions = job.example_prompts[: settings.examples]
     if not captions or RANK > 0:
         return lambda model, path: None
     encoded = encoded_examples(job, networks.text_encoder, captions)
@@ -816,6 +834,8 @@ def train(job):
         print(f"{job.name}: finished, the model is in {job.folder}")
         return
     print_settings(job)
+    for dataset in data.values():
+        dataset.fill_cache()
     if done == 0 and job.stage.swaps and settings.translate > 0:
         begin_with_translation(job, networks, data)
     # 2. The pictures' captions are encoded; with a cache nothing else asks the text encoder any more.
@@ -828,6 +848,9 @@ def train(job):
     optimizers = new_optimizers(model, settings, modules(model, job.stage.faster))
     ema = EMAModel(model.parameters(), decay=settings.ema)
     first = checkpoints.resume(job.folder, model, ema, optimizers)
+    if RANK == 0:
+        checkpoints.remove_leftovers(job.folder)
+        checkpoints.begin(job.folder, settings.steps)
     # 4. The steps.
     with StopSignal() as stop, checkpoints.open_log(job.folder, first) as log:
         run_steps(job, networks, data, optimizers, ema, first, Saver(job, made_with, show), stop, log)
@@ -1140,7 +1163,8 @@ def parse_arguments(argv=None):
     add("--save-minutes", type=float, help="minutes after which a checkpoint is due in any case")
     add("--debug", action="store_true", help="show where an error comes from")
     add = parser.add_argument_group("of the stage that --stage names (with all: of every one)").add_argument
-    add("--steps", type=int, help="optimiser steps in all; more than before continues a finished stage")
+    add("--steps", type=int, help="optimiser steps in all (default: as begun, else the config's); more than "
+        "before continues a finished stage")
     add("--batch-size", type=int, help="images of base size per step, over all processes")
     add("--lr", type=float, help="peak learning rate")
     add("--timesteps", type=float, nargs=2, metavar=("MEAN", "DEVIATION"), help="t is normal, not uniform")

@@ -396,10 +396,12 @@ def cached_data(args, job, folder):
         index.INDEX = os.path.join(folder, "index")  # it goes when the folder goes
         path = os.path.join(folder, "images.tar")
         write_random_images(path, args.images, args.pixels)
-        return ImageData(path, args.pixels, RandomVAE(), RandomT5(), 0, os.path.join(folder, "cache"))
+        data = ImageData(path, args.pixels, RandomVAE(), RandomT5(), 0, os.path.join(folder, "cache"))
+        data.fill_cache()
+        return data
     vae = t2md.VAE(job.vae)
     text_encoder = t2md.TextEncoder(job.text_encoder)
-    return ImageData(
+    data = ImageData(
         args.data,
         args.pixels,
         vae,
@@ -409,6 +411,8 @@ def cached_data(args, job, folder):
         enlarge=job.settings.enlarge,
         ratios=job.settings.ratios,
     )
+    data.fill_cache()
+    return data
 
 
 def time_feed(args):

@@ -628,6 +628,7 @@ def test_damaged_files_give_a_sentence(chain, tmp_path, capsys, monkeypatch):
 
     def encode():
         data = ImageData(f"{out}/images", 64, vae, text_encoder, 0, f"{out}/cache")
+        data.fill_cache()
         data.batch([0], [files.generator(0, "kd", 0, 0)])
 
     readers = {

@@ -1,5 +1,6 @@
 """A stage's folder: the model, the state that a restart needs, the log. All are whole or not there."""
 
+import math
 import os
 import pathlib
 import shutil
@@ -12,33 +13,41 @@ from data.files import RANK
 
 
 def finished(folder):
-    """Return True if `folder` holds a completely trained model.
-
-    A model without training state and log was put there by hand, and counts as finished.
-    """
+    """Return True if `folder` holds a completely trained model."""
     if not os.path.exists(os.path.join(folder, "config.json")):
         return False
-    state = read_state(folder, mmap=True)
-    if state is None:
-        return not os.path.exists(os.path.join(folder, "log.jsonl"))
-    return state["step"] >= state["steps"]
+    return steps_done(folder) >= (steps_planned(folder) or 0)
 
 
 def steps_done(folder):
-    """How many steps of a stage are saved in its folder."""
-    state = read_state(folder, mmap=True)
-    return 0 if state is None else state["step"]
+    """How many steps of a stage are saved in its folder: infinitely many if a model was put there by hand."""
+    state = read_state(folder)
+    if state is not None:
+        return state["step"]
+    return math.inf if os.path.exists(os.path.join(folder, "config.json")) else 0
 
 
-def read_state(folder, mmap=False):
-    """The training state in `folder`, or None where there is none.  Raises ValueError if it is damaged."""
+def steps_planned(folder):
+    """How many steps a stage was to have when it was last begun; None if it was not."""
+    state = read_state(folder)
+    return None if state is None else state["steps"]
+
+
+def read_state(folder, check=False):
+    """The training state in `folder`, or None where no training was.  check: compare all bytes' check sums.
+
+    Raises ValueError if it is damaged, or gone while the model that was trained with it is there.
+    """
     path = os.path.join(folder, "training_state.pt")
     if not os.path.exists(path):
+        if all(os.path.exists(os.path.join(folder, name)) for name in ("log.jsonl", "config.json")):
+            advice = "put it back, or remove log.jsonl to use the model as it is"
+            raise ValueError(f"{folder} was trained here, and its training_state.pt is gone: {advice}")
         return None
     try:
-        if not mmap and zipfile.ZipFile(path).testzip():  # torch.load looks at no check sum
+        if check and zipfile.ZipFile(path).testzip():  # torch.load looks at no check sum
             raise ValueError("its bytes are not what was written")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises anything
         advice = "move it away to train this stage again"
         raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}); {advice}") from error
@@ -68,10 +77,17 @@ def save_state(folder, model, ema, optimizers, step, steps):
     files.write_atomically(path, lambda temporary: torch.save(state, temporary))
 
 
+def begin(folder, steps):
+    """Write a state without weights, unless there is a state: a folder that lacks one later has lost it."""
+    path = os.path.join(folder, "training_state.pt")
+    if not os.path.exists(path):
+        files.write_atomically(path, lambda temporary: torch.save(dict(step=0, steps=steps), temporary))
+
+
 def resume(folder, model, ema, optimizers):
     """Load what `save_state` wrote, if it is there -> steps done."""
-    state = read_state(folder)
-    if state is None:
+    state = read_state(folder, check=True)
+    if state is None or state["step"] == 0:
         return 0
     model.load_state_dict(state["model"])
     ema.load_state_dict(state["ema"])
@@ -82,15 +98,19 @@ def resume(folder, model, ema, optimizers):
     return state["step"]
 
 
+def remove_leftovers(folder):
+    """Remove what a save that was killed has left in a stage's folder."""
+    for leftover in pathlib.Path(folder).glob(".*-*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+
+
 def open_log(folder, done):
     """log.jsonl, opened to go on after `done` lines: those of steps that were lost are taken back."""
     if RANK > 0:
         return open(os.devnull, "a")
-    for stale in pathlib.Path(folder).glob(".*-*"):  # of a save that was killed
-        if stale.is_dir():
-            shutil.rmtree(stale)
-        else:
-            stale.unlink()
     path = os.path.join(folder, "log.jsonl")
     lines = []
     if os.path.exists(path):

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import datetime
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -158,10 +159,17 @@ def fingerprint(path_or_repo):
     digest = hashlib.sha256()
     for path in sorted(pathlib.Path(path_or_repo).rglob("*")):
         if path.name.endswith(endings):
-            with open(path, "rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
+            found = path.stat()
+            content = hash_of_file(path, found.st_size, found.st_mtime_ns)
             digest.update(f"{path.relative_to(path_or_repo)} {content}".encode())
     return digest.hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=None)  # a stage asks several times, and T5-XXL has 19 GB
+def hash_of_file(path, size, date):
+    """Return the SHA-256 of a file's bytes; it is read again if size or date have changed."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # -- what a folder was made with -----------------------------------------------------------------------------

@@ -166,7 +166,7 @@ class ImageData:
 
     source: see data/README.md.  pixels: base size of the buckets.  multiple: see `aspect_ratios`.
     vae, text_encoder: None if the images are only looked at.
-    cache: None, or a folder: moments and caption features are computed once, into it, and both parts let go.
+    cache: None, or a folder: moments and caption features come from there, once `fill_cache` has made them.
     enlarge: an image that would have to be enlarged more than so many times is skipped.
     ratios: see `aspect_ratios`; an image is cut to the nearest.
     Attributes: buckets: {(height, width): numbers of images}.  skipped: {reason: count}.
@@ -198,7 +198,6 @@ class ImageData:
             images = cache_name(f"{pixels}px", of_images)
             self.cached_captions = Packed(cache, captions, self.index.caption_count)
             self.cached_images = Packed(cache, images, len(self.rows))
-            self.fill_cache()
 
     def fill_buckets(self, source, multiple, enlarge, ratios):
         """Number the images that are large enough, and sort them into buckets."""
@@ -258,13 +257,14 @@ class ImageData:
     def picture(self, k):
         """Return (the number of the image seen, its middle scaled to cover image k's bucket).
 
-        The image seen is k, or where that is broken the first of its substitutes that is not.
+        The image seen is k, or where that is broken the first of its substitutes that is not. A file that
+        cannot be read ends the run: a drive that fails for a minute must not change what a cache holds.
         """
         height, width = self.sizes[k].tolist()
         for number in self.substitutes(k):
+            content = self.index.bytes_of(self.rows[number])
             try:
-                content = io.BytesIO(self.index.bytes_of(self.rows[number]))
-                image = to_rgb(Image.open(content, formats=FORMATS))
+                image = to_rgb(Image.open(io.BytesIO(content), formats=FORMATS))
                 return number, ImageOps.fit(image, (width, height), Image.LANCZOS)
             except Exception as error:  # decoders raise anything
                 with self.lock:
@@ -274,7 +274,12 @@ class ImageData:
         raise ValueError(f"not one of {len(self.rows)} images can be decoded")
 
     def fill_cache(self):
-        """Compute the files that the cache lacks, this process's share; a run that was cut off goes on."""
+        """Compute the files that the cache lacks, this process's share; a run that was cut off goes on.
+
+        Both encoders' weights are let go then: nothing asks them any more.
+        """
+        if not self.cached:
+            return
         kinds = [
             (self.cached_captions, self.encode_captions, "captions", self.text_encoder),
             (self.cached_images, self.encode_images, f"images of {self.pixels} px", self.vae),
@@ -287,7 +292,7 @@ class ImageData:
                     for k in range(0, len(numbers), 16):
                         entries.extend(encode(numbers[k : k + 16]))
                     packed.write(numbers[0], entries)
-            part.unload()  # it may leave the device: nothing asks it any more
+            part.unload()
         files.wait_for_all()
 
     def encode_captions(self, numbers):

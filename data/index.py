@@ -37,6 +37,7 @@ INDEX = os.path.join("runs", "index")  # the folder of all indexes, below the wo
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 ENDINGS = tuple(end for end, name in Image.registered_extensions().items() if name in FORMATS)
 FORMATS = tuple(name for name in FORMATS if name in Image.OPEN)  # an older Pillow has no AVIF
+UNREAD = {*Image.registered_extensions(), ".heic", ".heif"}  # Pillow does not know an iPhone's
 TAR = re.compile(r"\.(tar|tar\.\w+|tgz)$", re.IGNORECASE)
 METADATA = ("metadata.jsonl", "metadata.csv")
 
@@ -183,7 +184,7 @@ class Source:
                 skipped["a tar file beside images with a .txt each: those are read"] += 1
             elif os.path.basename(path) in METADATA:
                 skipped["metadata in a folder below: give that folder, to read it"] += 1
-            elif ending.lower() in Image.registered_extensions() and os.path.exists(stem + ".txt"):
+            elif ending.lower() in UNREAD and os.path.exists(stem + ".txt"):
                 skipped[f"a format that is not read ({ending.lower()})"] += 1
 
     def named(self, skipped):
@@ -274,7 +275,7 @@ def size_and_date(path):
     """Return a file's size in bytes and its date of change, or None if it is not there."""
     try:
         found = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name that no file can have
         return None
     return found.st_size, found.st_mtime_ns
 
@@ -297,7 +298,7 @@ def read_files(candidates):
                 yield path, 0, found.st_size, caption, file
         except FileNotFoundError:
             yield "a file that is not there, or a link that leads nowhere"
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             yield f"a file that cannot be read ({type(error).__name__})"
 
 
@@ -308,8 +309,18 @@ def read_shard(path):
             members = (member for member in tar if sample_key(member) is not None)
             for _, group in itertools.groupby(members, sample_key):
                 yield from read_samples(path, tar, list(group))
+            if not is_end(tar):
+                yield "a tar file that is damaged, cut short or joined with another: its first part is read"
     except (tarfile.TarError, OSError) as error:
         yield f"not a whole tar file, or a compressed one ({error})"
+
+
+def is_end(tar):
+    """Return True if only zeros follow what was read of a tar file; tarfile stops at a bad header too."""
+    tar.fileobj.seek(tar.offset)
+    rest = iter(lambda: tar.fileobj.read(2**20), b"")
+    only_zeros = all(not chunk.strip(b"\0") for chunk in rest)
+    return only_zeros and tar.fileobj.tell() > tar.offset
 
 
 def sample_key(member):
@@ -415,7 +426,9 @@ def write_index(source, stamp, what, path):
     skipped = source.passed_over()
     digest = hashlib.sha256()
     sizes = []
-    with contextlib.closing(sqlite3.connect(path)) as file, file:
+    # Nobody else writes this file, and some network drives have no locks.
+    without_lock = f"{pathlib.Path(path).absolute().as_uri()}?nolock=1"
+    with contextlib.closing(sqlite3.connect(without_lock, uri=True)) as file, file:
         file.executescript(TABLES)
         for found, reasons in progress(in_processes(list_images, source.pieces(skipped)), what):
             skipped.update(reasons)
@@ -443,7 +456,7 @@ def path_of(source):
 class Index:
     """What a data set holds, in the order of its files.
 
-    images: (n, 3), int32: height, width, number of the caption.  count: how many captions there are.
+    images: (n, 3), int32: height, width, number of the caption.  caption_count: how many captions there are.
     skipped: Counter {why: count}.  digest: the data set's name, made of what its images and captions are:
     relative names, sizes in bytes, both ends of each image, all captions; of no date and no absolute path.
     Raises ValueError if there is no such source; if the index's file is damaged.
@@ -487,6 +500,9 @@ class Index:
         return sqlite3.connect(uri, uri=True, check_same_thread=False)
 
     def damaged(self, error):
+        if not os.path.exists(self.path):
+            reason = "which the first process has written, is not here: all nodes share the working directory"
+            return ValueError(f"{self.path}, {reason}")
         return ValueError(f"{self.path} is damaged ({error}); remove it, and it is made again")
 
     def read(self, query, *values):
@@ -497,9 +513,13 @@ class Index:
         """Return the bytes of image k, as they lie in its file."""
         query = "SELECT file, offset, length FROM images WHERE rowid = ?"
         name, offset, length = self.read(query, int(k) + 1)
-        with open(os.path.join(self.root, os.fsdecode(name)), "rb") as file:
+        path = os.path.join(self.root, os.fsdecode(name))
+        with open(path, "rb") as file:
             file.seek(offset)
-            return file.read(length)
+            content = file.read(length)
+        if len(content) < length:
+            raise OSError(f"{path} has become shorter since it was looked at")
+        return content
 
     def caption(self, number):
         """Return the text of a caption."""

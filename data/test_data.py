@@ -6,6 +6,7 @@ an epoch; what is not used is counted; no file is lost or mixed up; the shapes w
 
 import collections
 import concurrent.futures
+import contextlib
 import datetime
 import functools
 import gzip
@@ -15,6 +16,7 @@ import itertools
 import json
 import os
 import pathlib
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -23,6 +25,7 @@ import threading
 import time
 import types
 import zlib
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -50,7 +53,9 @@ def single_process(monkeypatch, tmp_path_factory):
 def load(source, pixels=128, vae=None, text_encoder=None, cache=None, seed=0, **filters):
     """The images of a source; up to four times enlarged, as most here are small."""
     filters = {"enlarge": 4.0} | filters
-    return ImageData(str(source), pixels, vae, text_encoder, seed, cache, **filters)
+    data = ImageData(str(source), pixels, vae, text_encoder, seed, cache, **filters)
+    data.fill_cache()
+    return data
 
 
 def prompts_of(data):
@@ -253,6 +258,8 @@ def test_what_cannot_be_read_never_refuses_the_rest(tmp_path):
         (tmp_path / "d" / f"{name}.png").unlink()
     (tmp_path / "d" / "gone.png").symlink_to("/nowhere/9.png")
     (tmp_path / "d" / "circle.png").symlink_to("circle.png")
+    write_pairs(tmp_path / "d", "phone")
+    (tmp_path / "d" / "phone.png").rename(tmp_path / "d" / "phone.HEIC")
     os.mkfifo(tmp_path / "d" / "pipe.png")
     (tmp_path / "d" / "image.png").mkdir()
     for name in ("post.eps", "renamed.png"):
@@ -270,9 +277,37 @@ def test_what_cannot_be_read_never_refuses_the_rest(tmp_path):
         "a file that cannot be read (IsADirectoryError)": 1,
         "not a file": 1,
         "a format that is not read (.eps)": 1,
+        "a format that is not read (.heic)": 1,
         "not readable as an image (UnidentifiedImageError)": 1,
         "a link to a folder that is read already": 1,
     }
+
+
+def test_names_that_no_file_can_have_are_passed_over(tmp_path):
+    write_pairs(tmp_path / "d", "a")
+    lines = [dict(file_name=name, text="red") for name in ("a.png", "\0.png", "\ud83d.png")]
+    (tmp_path / "d" / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    data = load(tmp_path / "d")
+    assert prompts_of(data) == ["red"] and sum(data.skipped.values()) == 2
+
+
+def test_shards_that_are_not_whole_are_said(tmp_path):
+    """tarfile ends quietly at a header that it cannot read; what comes before it is used."""
+    members = [
+        (f"{k}.{ending}", content) for k in range(4) for ending, content in (("png", PNG), ("txt", b"a"))
+    ]
+    write_tar(tmp_path / "d" / "x.tar", *members)
+    whole = (tmp_path / "d" / "x.tar").read_bytes()
+    with tarfile.open(tmp_path / "d" / "x.tar") as tar:
+        third = tar.getmembers()[4].offset
+    assert load(tmp_path / "d").skipped == {}
+    zeroed = whole[:third] + bytes(2048) + whole[third + 2048 :]
+    damaged = whole[:third] + b"\xff" * 512 + whole[third + 512 :]
+    for content, count in ((whole[:third], 2), (zeroed, 2), (damaged, 2), (whole + whole, 4)):
+        (tmp_path / "d" / "x.tar").write_bytes(content)
+        data = load(tmp_path / "d")
+        reason = "a tar file that is damaged, cut short or joined with another: its first part is read"
+        assert len(data.rows) == count and data.skipped == {reason: 1}
 
 
 def test_what_is_passed_over_is_said(tmp_path):
@@ -714,6 +749,41 @@ def test_parts_share_a_cache_without_being_mixed_up(tmp_path, components):
     assert len(list(pathlib.Path(cache).glob("128px-*"))) == 2
 
 
+def test_a_drive_that_fails_changes_no_cache(tmp_path, components, monkeypatch):
+    """The run ends; the same command makes the cache that it would have made."""
+    write_pairs(tmp_path / "d", "a", "b", "c")
+    vae, text_encoder = components(tmp_path)
+    read = index.Index.bytes_of
+
+    def stale(index_of_d, k):
+        if k == 1:
+            raise OSError(116, "Stale file handle")
+        return read(index_of_d, k)
+
+    data = ImageData(str(tmp_path / "d"), 128, vae, text_encoder, 0, str(tmp_path / "cache"))
+    monkeypatch.setattr(index.Index, "bytes_of", stale)
+    with pytest.raises(OSError, match="Stale file handle"):
+        data.fill_cache()
+    monkeypatch.setattr(index.Index, "bytes_of", read)
+    data.fill_cache()
+    assert [data.moments_of([k])[0] for k in range(3)] == [[0], [1], [2]] and data.skipped == {}
+    (tmp_path / "d" / "b.png").write_bytes(PNG[:50])
+    with pytest.raises(OSError, match="b.png has become shorter since it was looked at"):
+        data.picture(1)
+
+
+def test_the_index_needs_no_locks_and_is_missed_where_it_is_not(tmp_path, monkeypatch):
+    """Some network drives have no locks; nodes that share no working directory are told so."""
+    write_pairs(tmp_path / "d", "a")
+    path = str(tmp_path / "index.sqlite")
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        index.write_index(index.Source(str(tmp_path / "d")), "stamp", "looking", path)
+    monkeypatch.setattr(files, "RANK", 1)
+    with pytest.raises(ValueError, match="is not here: all nodes share the working directory"):
+        load(tmp_path / "d")
+
+
 def test_many_shards_are_opened_once_and_hold_no_file_open(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "SHARD", 2)
     packed = images.Packed(str(tmp_path), "captions", 200)
@@ -826,6 +896,8 @@ def test_a_fingerprint_sees_one_byte_in_the_middle(tmp_path):
     (tmp_path / "log.jsonl").write_text("what is no weight is no part of it")
     assert files.fingerprint(str(tmp_path)) == files.fingerprint(str(tmp_path) + "/")
     assert files.fingerprint("google/t5") == "google/t5"
+    with mock.patch.object(hashlib, "file_digest", side_effect=AssertionError):  # nothing is read again
+        files.fingerprint(str(tmp_path))
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path):
