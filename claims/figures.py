@@ -39,7 +39,7 @@ STACKS = ("W", "H", "WH", "S", ">", "<", "v", "^")  # the mixers whose receptive
 def receptive_field(mixers, x, grid):
     """Return how much each token's input moves the middle token's output: the gradient's norm, largest 1.
 
-    mixers: a stack with residuals.  x: the mixer inputs of some pictures (B, rows * columns, d).
+    mixers: a stack with residuals.  x: the mixer inputs of some pictures (b, rows * columns, d).
     grid: (rows, columns), also the shape of what is returned.
     """
     rows, columns = grid
@@ -48,7 +48,7 @@ def receptive_field(mixers, x, grid):
     for mixer in mixers:
         h = h + mixer(h, grid)
     middle = rows // 2 * columns + columns // 2
-    output = (h - x)[:, middle]  # (B, d)
+    output = (h - x)[:, middle]  # (b, d)
     probe = torch.randn(output.shape, generator=files.generator(0, "field", 0, 0)).to(output)
     (gradient,) = torch.autograd.grad((output * probe).sum(), x)
     seen = gradient.norm(dim=2).mean(0).reshape(rows, columns)

@@ -62,7 +62,7 @@ def to_rgb(image):
 
 
 def to_pixels(images):
-    """Turn a list of equally large PIL images into pixels in [-1, 1], (B, 3, h, w)."""
+    """Turn a list of equally large PIL images into pixels in [-1, 1], (b, 3, height, width)."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -296,12 +296,12 @@ class ImageData:
         files.wait_for_all()
 
     def encode_captions(self, numbers):
-        """Encode captions -> [(number, features of its tokens (T, width))]."""
+        """Encode captions -> [(number, features of its tokens (s, width))]."""
         features, mask = self.text_encoder([self.index.caption(n) for n in numbers])
         return [(n, features[i, mask[i].bool()].cpu()) for i, n in enumerate(numbers)]
 
     def encode_images(self, numbers):
-        """Encode images -> [(number seen, moments, flat)]: mean, then deviation, (2, C, h, w)."""
+        """Encode images -> [(number seen, moments, flat)]: mean, then deviation, (2, c, height, width)."""
         seen, moments = self.encode_pictures(numbers)
         return [(number, both.flatten()) for number, both in zip(seen, moments)]
 
@@ -317,22 +317,21 @@ class ImageData:
         return seen, moments
 
     def moments_of(self, numbers):
-        """Images of one bucket -> the numbers of those that are seen, and each one's moments (2, C, h, w)."""
+        """Images of one bucket -> the numbers of those seen, and each one's moments (2, c, height, width)."""
         if not self.cached:
             return self.encode_pictures(numbers)
         height, width = self.sizes[numbers[0]].tolist()
-        h = height // self.vae.factor
-        w = width // self.vae.factor
+        latent_size = (height // self.vae.factor, width // self.vae.factor)
         seen = []
         moments = []
         for k in numbers:
             number, flat = self.cached_images.get(k)
             seen.append(number)
-            moments.append(flat.view(2, -1, h, w))
+            moments.append(flat.view(2, -1, *latent_size))
         return seen, moments
 
     def text_of(self, numbers):
-        """Captions -> features (B, T, width) and mask (B, T), 1 for a token; T: the longest one's length."""
+        """Captions -> features (b, s, width) and mask (b, s), 1 for a token; s: the longest one's length."""
         if not self.cached:
             features, mask = self.text_encoder([self.index.caption(n) for n in numbers])
             return features.float().cpu(), mask.cpu()
@@ -348,7 +347,7 @@ class ImageData:
         return text, mask
 
     def batch(self, chosen, generators, timesteps=None, drop=0.1):
-        """Make a batch: dict of latents z0 and noise (B, C, h, w), t (B,), text (B, T, width), mask (B, T).
+        """Make a batch: z0 and noise (b, c, height, width), t (b,), text (b, s, width), mask (b, s).
 
         chosen: numbers of images of one bucket.  generators: a torch.Generator for each.
         timesteps: None for uniform ones, or (mean, deviation) of a normal distribution, cut to [0, 1000).
