@@ -1791,6 +1791,8 @@ def test_a_stage_that_is_begun_is_neither_finished_nor_replaced(chain, tmp_path)
     torch.save(dict(step=0, steps=9), tmp_path / "kd" / "training_state.pt")  # killed at the first checkpoint
     assert not checkpoints.finished(tmp_path / "kd")
     assert list(jobs_of(f"--stage adapt --out {tmp_path}")) == ["adapt"]
+    settings = jobs_of(f"--stage kd --out {tmp_path}")["kd"].settings
+    assert settings == train.SHAPES_SETTINGS["kd"]  # nothing is there that would bind the next command
 
 
 def test_a_model_whose_training_state_is_gone_is_not_trained_over(chain, tmp_path):

@@ -16,7 +16,8 @@ def finished(folder):
     """Return True if `folder` holds a completely trained model."""
     if not os.path.exists(os.path.join(folder, "config.json")):
         return False
-    return steps_done(folder) >= (steps_planned(folder) or 0)
+    state = read_state(folder)
+    return state is None or state["step"] >= state["steps"]
 
 
 def steps_done(folder):
@@ -28,9 +29,9 @@ def steps_done(folder):
 
 
 def steps_planned(folder):
-    """How many steps a stage was to have when it was last begun; None if it was not."""
+    """How many steps a stage was to have when it was last saved; None if no step of it is saved."""
     state = read_state(folder)
-    return None if state is None else state["steps"]
+    return state["steps"] if state is not None and state["step"] > 0 else None
 
 
 def read_state(folder, check=False):
