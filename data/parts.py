@@ -82,7 +82,7 @@ def standardise(vae, seed):
     for k in range(256):
         rng = np.random.default_rng([seed, 2, k])
         pictures.append(shapes.draw_shapes(shapes.training_record(rng), 128, rng))
-    means = [vae.encode(chunk).latent_dist.mean for chunk in to_pixels(pictures).split(32)]
+    means = [vae.encode(chunk).latent_dist.mean for chunk in to_pixels(pictures).split(8)]
     latents = torch.cat(means)  # (256, 4, 16, 16)
     mean = latents.mean((0, 2, 3))
     std = latents.std((0, 2, 3))
