@@ -712,6 +712,11 @@ def test_another_filter_never_pairs_captions_with_other_images(tmp_path, compone
 
 
 def test_images_are_not_enlarged_beyond_the_limit(tmp_path):
+    wide = io.BytesIO()
+    Image.new("RGB", (640, 128), "red").save(wide, "PNG")
+    write_pairs(tmp_path / "wide", "a", picture=wide.getvalue())
+    with pytest.raises(ValueError, match="enlarged more than 1.25 times for 256 pixels': 1"):
+        load(tmp_path / "wide", 256, enlarge=1.25, ratios=("1.0",))  # wide enough, and too low
     write_pairs(tmp_path / "d", "a")  # 128 px
     assert len(load(tmp_path / "d", 256, enlarge=2.0).rows) == 1
     with pytest.raises(ValueError, match="enlarged more than 1.25 times for 256 pixels': 1"):
@@ -720,18 +725,32 @@ def test_images_are_not_enlarged_beyond_the_limit(tmp_path):
         ImageData(str(tmp_path / "d"), 512, None, None, 0)
 
 
+def test_pixels_are_between_minus_one_and_one():
+    blue = Image.new("RGB", (48, 32), (0, 0, 255))
+    assert to_pixels([blue])[0, :, 0, 0].tolist() == [-1, -1, 1]
+
+
 def test_images_are_cut_to_the_ratios_that_a_stage_names(tmp_path, components):
     """Squares for a teacher that knows no other; beside the other shapes in one cache."""
     wide = io.BytesIO()
     Image.new("RGB", (256, 128), "red").save(wide, "PNG")
     write_pairs(tmp_path / "d", "a", picture=wide.getvalue())
     vae, text_encoder = components(tmp_path)
-    for ratios, size in ((("1.0",), (128, 128)), (None, (96, 176))):
+    of_filters = [(dict(ratios=("1.0",)), (128, 128)), ({}, (96, 176)), (dict(multiple=64), (64, 192))]
+    for filters, size in of_filters:
         cache = str(tmp_path / "cache")
-        data = load(tmp_path / "d", 128, vae, text_encoder, cache=cache, ratios=ratios)
+        data = load(tmp_path / "d", 128, vae, text_encoder, cache=cache, **filters)
         assert list(data.buckets) == [size] and data.picture(0)[1].size == size[::-1]
         batch = data.batch([0], [files.generator(0, "kd", 0, 0)])
         assert batch["z0"].shape[2:] == (size[0] // 8, size[1] // 8)
+
+
+def test_a_substitute_has_its_own_caption(tmp_path, components):
+    data = small(tmp_path, components)
+    (k,) = [k for k in range(len(data.rows)) if "half" in data.caption(k)]
+    (seen,), _ = data.moments_of([k])
+    batch = data.batch([k], [files.generator(0, "kd", 0, 0)], drop=0.0)
+    assert seen != k and torch.equal(batch["text"], data.text_of([data.caption_numbers[seen]])[0])
 
 
 def test_parts_share_a_cache_without_being_mixed_up(tmp_path, components):
@@ -747,6 +766,12 @@ def test_parts_share_a_cache_without_being_mixed_up(tmp_path, components):
     assert torch.equal(data.text_of([1])[0], first.text_of([1])[0])
     assert len(list(pathlib.Path(cache).glob("captions-*"))) == 1
     assert len(list(pathlib.Path(cache).glob("128px-*"))) == 2
+    with torch.no_grad():
+        text_encoder.model.encoder.final_layer_norm.weight.mul_(2)
+    text_encoder.model.save_pretrained(tmp_path / "t5")
+    text_encoder.tokenizer.save_pretrained(tmp_path / "t5")
+    data = load(tmp_path / "folder", 128, vae, TextEncoder(str(tmp_path / "t5")), cache=cache)
+    assert not torch.equal(data.text_of([1])[0], first.text_of([1])[0])
 
 
 def test_a_drive_that_fails_changes_no_cache(tmp_path, components, monkeypatch):
