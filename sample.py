@@ -60,7 +60,7 @@ class SamplerSettings:
 
 
 def sampler_settings(model, **given):
-    """A model's SamplerSettings: what is `given` and not None, then what its config.json says."""
+    """Return a model's SamplerSettings: what is `given` and not None, then what its config.json says."""
     settings = {name: model.config[name] for name in ("guidance", "guidance_interval", "renoise")}
     for name, value in given.items():
         if value is not None:
@@ -70,7 +70,7 @@ def sampler_settings(model, **given):
 
 @torch.no_grad()
 def denoise(model, text, mask, noise, settings, pixels_per_latent=8, start=None, progress=False):
-    """Noise -> latents (b, c, height, width), by DPM-Solver++ with guidance (equation 2).
+    """Turn noise into latents (b, c, height, width) by DPM-Solver++ with guidance (equation 2).
 
     Equals diffusers' PixArtAlphaPipeline.
 
@@ -106,19 +106,20 @@ def denoise(model, text, mask, noise, settings, pixels_per_latent=8, start=None,
 
 
 def make_scheduler(beta_schedule):
-    """diffusers' DPM-Solver++ (2M) on the 1000-step noise schedule that the model was trained with."""
+    """Return diffusers' DPM-Solver++ (2M) on the 1000-step noise schedule of the model's training."""
     return DPMSolverMultistepScheduler(**t2md.SCHEDULE, beta_schedule=beta_schedule)
 
 
 def first_step(timesteps, renoise):
-    """The index of the first timestep that is at most `renoise`; of the last, if none is."""
+    """Return the index of the first timestep that is at most `renoise`; of the last, if none is."""
     above = int((timesteps > renoise).sum())
     return min(above, len(timesteps) - 1)
 
 
 def guided_noise(model, text, mask, guidance, pixels_per_latent, z_t, t):
-    """The noise in z_t (b, c, height, width) with classifier-free guidance; text and mask have 2b rows.
+    """Predict the noise in z_t (b, c, height, width) with classifier-free guidance.
 
+    text and mask have 2b rows, as in `denoise`.
     If guidance is at most 1 the unconditional branch is not computed.
     """
     batch = len(z_t)
@@ -134,7 +135,7 @@ def guided_noise(model, text, mask, guidance, pixels_per_latent, z_t, t):
 
 
 def upsample_guidance(predict, z_t, t, noise, alphas_cumprod, m):
-    """Training-free sampling at m times the size that a model knows (upsample guidance, as in DiM).
+    """Guide sampling at m times the size that a model knows, without training (upsample guidance, as in DiM).
 
     In the first 30% of sampling the means of m x m pixels of noise = predict(z_t, t), (b, c, height, width),
     are replaced by what is predicted for the pooled z_t, at the model's own size.
@@ -155,20 +156,20 @@ def upsample_guidance(predict, z_t, t, noise, alphas_cumprod, m):
 
 
 def load_networks(folder, device="cpu", dtype=torch.float32, **overrides):
-    """A checkpoint folder -> (model, vae, text_encoder), frozen.  overrides: entries of its config."""
+    """Load (model, vae, text_encoder) of a checkpoint folder, frozen.  overrides: entries of its config."""
     model = t2md.load_denoiser(folder, device, dtype, **overrides)
     vae, text_encoder = t2md.load_parts(model, folder, device, dtype)
     return model, vae, text_encoder
 
 
 def load(folder, device="cpu", dtype=torch.float32, **overrides):
-    """A checkpoint folder -> `generate` with its networks filled in: call it with prompts, size, seeds."""
+    """Return `generate` with a checkpoint's networks filled in: call it with prompts, size, seeds."""
     return functools.partial(generate, *load_networks(folder, device, dtype, **overrides))
 
 
 @torch.no_grad()
 def generate(model, vae, text_encoder, prompts, size, seeds, progress=False, **given):
-    """Prompts and seeds (one each per image) -> PIL images of size (width, height) pixels.
+    """Draw PIL images of size (width, height) pixels, of one prompt and one seed each.
 
     Both sides are multiples of vae.factor * patch_size.  given: entries of SamplerSettings.
 
@@ -202,7 +203,7 @@ def generate(model, vae, text_encoder, prompts, size, seeds, progress=False, **g
 
 
 def sizes_on_the_way(size, known, multiple):
-    """The sizes (width, height) in pixels at which progressive sampling makes a picture of `size`.
+    """Return the sizes (width, height) in pixels at which progressive sampling makes a picture of `size`.
 
     Up to 1.5 times the `known` side: that size alone. Beyond: first the known area in the same shape, both
     sides multiples of `multiple`; then doubled again and again, the last time by what remains. A last
@@ -220,13 +221,13 @@ def sizes_on_the_way(size, known, multiple):
 
 
 def images_at_once(size):
-    """How many images of size (width, height) make a batch: 4,096 of PixArt's tokens, of 16 x 16 px each."""
+    """Return how many images of a size make a batch: 4,096 of PixArt's tokens, of 16 x 16 px each."""
     width, height = size
     return max(1, 4096 * 16**2 // (width * height))
 
 
 def generate_all(model, vae, text_encoder, prompts, size, seed, **given):
-    """One PIL image of size (width, height) for each prompt, number k from the noise of seed + k."""
+    """Draw a PIL image of size (width, height) for each prompt, number k from the noise of seed + k."""
     images = []
     batch = images_at_once(size)
     for k in range(0, len(prompts), batch):
@@ -237,13 +238,13 @@ def generate_all(model, vae, text_encoder, prompts, size, seed, **given):
 
 
 def to_images(pixels):
-    """(b, 3, h, w) in [-1, 1] -> list of PIL images."""
+    """Turn pixels (b, 3, height, width) in [-1, 1] into a list of PIL images."""
     arrays = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(array) for array in arrays]
 
 
 def encode_captions(text_encoder, captions):
-    """{caption: its features (s, width), on the CPU}; one by one, so none is padded to another's length."""
+    """Return {caption: its features (s, width), on the CPU}, encoded one by one, so that none is padded."""
     features = {}
     for caption in captions:
         if caption not in features:
@@ -259,7 +260,7 @@ class EncodedCaptions:
         self.features = features  # of `encode_captions`
 
     def __call__(self, captions):
-        """List of b captions -> features (b, s, width) and mask (b, s)."""
+        """Return the features (b, s, width) and mask (b, s) of b captions."""
         return t2md.pad_features([self.features[caption] for caption in captions])
 
 
@@ -306,7 +307,7 @@ def export(checkpoint, folder, **overrides):
 
 
 def parse_size(text, multiple):
-    """ "2048" or "3840x2160" (width x height, pixels) -> (width, height), rounded to a multiple, and said."""
+    """Turn "2048" or "3840x2160" (pixels) into (width, height), rounded to a multiple, and said."""
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
     if match is None or int(match[1]) == 0 or match[2] and int(match[2]) == 0:
         raise ValueError(f"--size {text} is no size: give pixels, as 2048 or 3840x2160 (width x height)")
@@ -320,7 +321,7 @@ def parse_size(text, multiple):
 
 
 def missing_images(records, folder, n, first_seed):
-    """(record, seed, path) of each image of a list of prompts that is not in `folder` yet, GenEval's layout.
+    """Return (record, seed, path) of each image of a list that `folder` lacks, in GenEval's layout.
 
     Of several processes each gets its own share.
     """
@@ -352,7 +353,7 @@ def write_listed_image(path, image, record, folder, made_with, **text_fields):
 
 
 def free_path(folder, prompt, seed):
-    """folder/the-prompt-seed.png, or with -1, -2, ... where that name is taken; an empty file takes it."""
+    """Return folder/the-prompt-seed.png, or with -1, -2, ... if it is taken; an empty file takes the name."""
     stem = os.path.join(folder, f"{files.slug(prompt)[:60] or 'image'}-{seed}")
     for k in itertools.count():
         path = f"{stem}-{k}.png" if k else f"{stem}.png"
@@ -463,7 +464,7 @@ def run(args):
 
 
 def part_overrides(args):
-    """--vae and --text-encoder as entries of the model's config, folders by their absolute path."""
+    """Return --vae and --text-encoder as entries of the model's config, folders by their absolute path."""
     overrides = {}
     for name in ("vae", "text_encoder"):
         path = getattr(args, name)
@@ -473,7 +474,7 @@ def part_overrides(args):
 
 
 def describe(args, settings, size, records, vae, text_encoder):
-    """All that the pictures of a list of prompts depend on, for made_with.json."""
+    """Return all that the pictures of a list of prompts depend on, for made_with.json."""
     made_with = dict(settings, size=size, n=args.n, seed=args.seed, dtype=args.dtype)
     made_with["model"] = files.fingerprint(args.model)
     made_with["vae"] = files.fingerprint(vae.source)

@@ -63,14 +63,14 @@ SCHEDULE = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=2e-2)
 
 
 def sincos(positions, channels):
-    """Positions (n,) -> (n, channels): sines, then cosines, at frequencies 10000^(-2k/channels)."""
+    """Embed positions (n,) as (n, channels): sines, then cosines, at frequencies 10000^(-2k/channels)."""
     frequencies = 10000 ** (-torch.arange(channels // 2, dtype=torch.float64) / (channels / 2))
     angles = torch.outer(positions.double(), frequencies)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def grid_embedding(y, x, width):
-    """Coordinates y (rows,) and x (columns,) -> embedding (rows * columns, width); x takes the first half."""
+    """Embed coordinates y (rows,) and x (columns,) as (rows * columns, width); x takes the first half."""
     rows = len(y)
     columns = len(x)
     embedded_x = sincos(x, width // 2)[None].expand(rows, columns, -1)
@@ -108,7 +108,7 @@ COORDINATES = {"pixart": pixart_coordinates, "centered": centered_coordinates}
 
 @functools.lru_cache(maxsize=16)
 def position_embedding(kind, rows, columns, width, base, interpolation_scale, device, dtype):
-    """(rows * columns, width). It depends on the grid only: computed once per size and never stored."""
+    """Return the embedding (rows * columns, width) of a grid: computed once per size, never stored."""
     y, x = COORDINATES[kind](rows, columns, base, interpolation_scale)
     return grid_embedding(y, x, width).float().to(device, dtype)
 
@@ -145,7 +145,7 @@ def ssd_recurrence(x, dt, A, B, C, D=None):
 
 
 def ssd_chunk(state, x, dt, A, B, C):
-    """The same map over one chunk of k tokens, as matrix products: state space duality.
+    """Compute the same map over one chunk of k tokens as matrix products: state space duality.
 
     Write a_i for the running sum of dt A inside the chunk and u_j = dt_j x_j. Unrolled from its start,
 
@@ -186,7 +186,7 @@ def ssd_chunk(state, x, dt, A, B, C):
 
 
 def ssd(x, dt, A, B, C, chunk_size, D=None):
-    """`ssd_recurrence`, in value and gradient, chunk by chunk: linear in l, and nearly all matrix products.
+    """Compute `ssd_recurrence`, equal in value and gradient, in chunks: linear in l, mostly matrix products.
 
     Shapes and argument order are those of mamba-ssm's `mamba_chunk_scan_combined`.
     """
@@ -218,7 +218,7 @@ def ssd(x, dt, A, B, C, chunk_size, D=None):
 
 
 def upcast(x):
-    """Return x in float32, or in float64 if it is."""
+    """Return x in float32, or in float64 if it is float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -238,7 +238,7 @@ class GatedRMSNorm(nn.Module):
 
 
 class CausalConv1d(nn.Conv1d):
-    """Depthwise causal convolution over a sequence, x (b, l, channels) -> the same; `nn.Conv1d`'s names."""
+    """Depthwise causal convolution over a sequence (b, l, channels), with `nn.Conv1d`'s parameter names."""
 
     def forward(self, x):
         # As one line of pixels, channels last in memory, it takes a third of conv1d's time on a CPU.
@@ -249,7 +249,7 @@ class CausalConv1d(nn.Conv1d):
 
 
 class Mamba2(nn.Module):
-    """The Mamba-2 layer over a sequence, u (b, l, d) -> (b, l, d), causal.
+    """The Mamba-2 layer, causal, over a sequence (b, l, d).
 
     Parameter names and shapes are those of mamba-ssm's `Mamba2` and transformers' `Mamba2Mixer`, so that
     weights move between them unchanged.
@@ -281,7 +281,7 @@ class Mamba2(nn.Module):
 
     @torch.no_grad()
     def reset_recurrence(self, dt_min=1e-3, dt_max=0.1, A_range=(1, 16)):
-        """mamba-ssm's initialisation: dt log-uniform in [dt_min, dt_max], A uniform in A_range, D one."""
+        """Initialise as mamba-ssm does: dt log-uniform in [dt_min, dt_max], A uniform in A_range, D one."""
         log_dt = torch.rand(self.n_heads) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)
         dt = log_dt.exp()
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
@@ -289,7 +289,7 @@ class Mamba2(nn.Module):
         self.D.fill_(1.0)
 
     def _apply(self, fn, recurse=True):
-        """Whatever dtype a library asks for, A_log and dt_bias stay in float32 at least.
+        """Keep A_log and dt_bias in float32 at least, whatever dtype a library asks for.
 
         Rounded to bfloat16 they would change every decay of a long sequence.
         """
@@ -302,7 +302,7 @@ class Mamba2(nn.Module):
         return self
 
     def scan(self, xBC, dt):
-        """Convolution, then recurrence: xBC (b, l, conv_width), dt (b, l, heads) -> y (b, l, inner)."""
+        """Convolve xBC (b, l, conv_width), then run the recurrence with dt (b, l, heads): y (b, l, inner)."""
         inner = self.n_heads * self.head_dim
         states = self.n_groups * self.d_state
         x, B, C = F.silu(self.conv1d(xBC)).split([inner, states, states], dim=-1)
@@ -318,7 +318,9 @@ class Mamba2(nn.Module):
         return ssd(x, dt, A, B, C, min(self.chunk_size, 64), D=self.D).flatten(2)
 
     def forward(self, u, backward=(False,)):
-        """backward: one entry for each scan; True reads from the last token to the first.
+        """Map u (b, l, d) to (b, l, d), the sum of all scans.
+
+        backward: one entry for each scan; True reads from the last token to the first.
 
         All scans share all weights. in_proj and norm see one token at a time, so they commute with the
         reversal: only convolution and recurrence run once for each direction, as one larger batch.
@@ -347,7 +349,7 @@ SCANS = {
 
 
 class MambaMixer(nn.Module):
-    """Mamba-2 over the raster of an image, tokens (b, rows * columns, d) -> the same shape.
+    """Mamba-2 over the raster of an image's tokens (b, rows * columns, d).
 
     letter: see `SCANS`. Two scans share their weights and are fused by a linear layer (`fuse`) on their sum
     (paper 3.3; the sum instead of the concatenation is our choice, it gives the paper's 0.7B).
@@ -370,7 +372,7 @@ class MambaMixer(nn.Module):
 
     @torch.no_grad()
     def fold(self):
-        """For sampling: make `fuse` after `out_proj`, one linear map, one matrix. Not to be saved."""
+        """Make one matrix of `out_proj` and `fuse`, for sampling. The result is not to be saved."""
         if isinstance(self.fuse, nn.Linear):
             out_proj = self.mamba.out_proj
             out_proj.weight = nn.Parameter(self.fuse.weight @ out_proj.weight)
@@ -379,9 +381,9 @@ class MambaMixer(nn.Module):
 
 
 def attention(q, k, v, heads, mask=None):
-    """Multi-head softmax attention.
+    """Return multi-head softmax attention (b, l, d).
 
-    q (b, l, d), k and v (b, s, d), mask that broadcasts to (b, heads, l, s) -> (b, l, d).
+    q (b, l, d), k and v (b, s, d), mask that broadcasts to (b, heads, l, s).
     """
     q = q.unflatten(-1, (heads, -1))  # (b, l, heads, d / heads)
     k = k.unflatten(-1, (heads, -1))
@@ -411,7 +413,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def forward(self, h, grid=None, text=None, mask=None):
-        """h (b, l, d) [, text (b, s, d), mask that broadcasts to (b, heads, l, s)] -> (b, l, d)."""
+        """Attend from h (b, l, d) to itself or to text (b, s, d); mask broadcasts to (b, heads, l, s)."""
         source = h if text is None else text
         q = self.to_q(h)
         k = self.to_k(source)
@@ -442,7 +444,7 @@ class MLP(nn.Module):
 
 
 def sinusoid(values, channels=256):
-    """Numbers (b,) -> (b, channels): cosines, then sines, as diffusers' `Timesteps(flip_sin_to_cos=True)`."""
+    """Embed numbers (b,) as (b, channels): cosines, then sines; diffusers' `Timesteps`, flip_sin_to_cos."""
     k = torch.arange(channels // 2, device=values.device)
     frequencies = torch.exp(-math.log(10000) * k / (channels // 2))
     angles = values[:, None].float() * frequencies
@@ -450,7 +452,7 @@ def sinusoid(values, channels=256):
 
 
 class TimestepEmbedder(nn.Module):
-    """One number per image, (b,) -> (b, width) in `dtype`: sinusoid, Linear, SiLU, Linear."""
+    """Embedding of one number per image, (b,), as (b, width) in `dtype`: sinusoid, Linear, SiLU, Linear."""
 
     def __init__(self, width):
         super().__init__()
@@ -462,7 +464,7 @@ class TimestepEmbedder(nn.Module):
 
 
 def modulate(h, shift, scale):
-    """adaLN: LN(h) * (1 + scale) + shift, with shift and scale (b, 1, d)."""
+    """Return adaLN, LN(h) * (1 + scale) + shift, with shift and scale (b, 1, d)."""
     return F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
@@ -485,7 +487,7 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
 
     def forward(self, h, modulation, text, mask, grid):
-        """h (b, l, d), modulation (b, 6, d), text (b, s, d) -> h, mixer input and output, each (b, l, d)."""
+        """Return h, the mixer's input and output, (b, l, d) each.  modulation (b, 6, d), text (b, s, d)."""
         six = (self.scale_shift_table + modulation).chunk(6, dim=1)
         shift1, scale1, gate1, shift2, scale2, gate2 = six  # each (b, 1, d)
         mixer_input = modulate(h, shift1, scale1)
@@ -571,7 +573,7 @@ class T2MD(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def init_weights(self):
-        """DiT's and PixArt's initialisation, for training from scratch; a checkpoint overwrites all of it.
+        """Initialise as DiT and PixArt do, for training from scratch; a checkpoint overwrites all of it.
 
         Linear layers Xavier, embeddings of time and caption N(0, 0.02^2); cross-attention and the output
         layer start at zero. Mamba's dt_bias, A_log, D and convolution keep what `Mamba2` gave them.
@@ -591,16 +593,16 @@ class T2MD(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.proj_out.weight)
 
     def arguments(self):
-        """What this model was made with: type(model)(**model.arguments()) is like it, with fresh weights."""
+        """Return what this model was made with: type(model)(**model.arguments()) has fresh weights."""
         return {name: value for name, value in self.config.items() if not name.startswith("_")}
 
     def save_pretrained(self, folder, **kwargs):
-        """As diffusers does, and this file along, so that `trust_remote_code=True` loads it anywhere."""
+        """Save as diffusers does, and this file along, so that `trust_remote_code=True` loads it anywhere."""
         super().save_pretrained(folder, **kwargs)
         shutil.copy(os.path.abspath(__file__), os.path.join(folder, "t2md.py"))
 
     def patchify(self, hidden_states):
-        """Latents (b, c, height, width) -> tokens with positions (b, l, d), grid (rows, columns)."""
+        """Turn latents (b, c, height, width) into tokens with positions (b, l, d), grid (rows, columns)."""
         p = self.config.patch_size
         height, width = hidden_states.shape[-2:]
         if height % p or width % p:
@@ -621,7 +623,7 @@ class T2MD(ModelMixin, ConfigMixin):
         return h + position, (rows, columns)
 
     def embed_time(self, timestep, h, added_cond_kwargs):
-        """Timesteps (b,) or scalar, size conditions -> embedding (b, d), the blocks' modulation (b, 6, d)."""
+        """Return the embedding (b, d) of timesteps and size, and the blocks' modulation (b, 6, d)."""
         batch = len(h)
         timestep = torch.as_tensor(timestep, device=h.device).expand(batch)
         embedding = self.timestep_embedder(timestep, h.dtype)
@@ -637,7 +639,7 @@ class T2MD(ModelMixin, ConfigMixin):
         return embedding, modulation
 
     def unpatchify(self, h, embedding, grid):
-        """Tokens (b, l, d) after the last block, embedding (b, d) -> (b, out_channels, height, width)."""
+        """Turn the last block's tokens (b, l, d) into (b, out_channels, height, width).  embedding (b, d)."""
         rows, columns = grid
         p = self.config.patch_size
         channels = self.config.out_channels
@@ -648,7 +650,7 @@ class T2MD(ModelMixin, ConfigMixin):
         return pixels.reshape(len(h), channels, rows * p, columns * p)
 
     def checkpointed(self, module, *inputs):
-        """module(*inputs); with gradient checkpointing its inside is computed again in the backward pass."""
+        """Return module(*inputs); with gradient checkpointing its inside is computed again when needed."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(module, *inputs)
         return module(*inputs)
@@ -657,7 +659,7 @@ class T2MD(ModelMixin, ConfigMixin):
     def forward(self, hidden_states, encoder_hidden_states, timestep, added_cond_kwargs=None,
                 encoder_attention_mask=None, return_dict=True, return_mixers=False):
         # fmt: on
-        """Predict the noise; the signature of diffusers' PixArtTransformer2DModel.
+        """Predict the noise. The signature is that of diffusers' PixArtTransformer2DModel.
 
         Args:
             hidden_states: noisy latents (b, c, height, width), sides multiples of patch_size.
@@ -707,7 +709,7 @@ def check_arguments(config):
 
 
 def attention_mask(mask, dtype):
-    """A mask of tokens (b, s), or diffusers' bias (b, 1, s), or None -> what `attention` takes."""
+    """Turn a mask of tokens (b, s), or diffusers' bias (b, 1, s), or None into what `attention` takes."""
     if mask is None:
         return None
     if mask.ndim == 2:
@@ -721,7 +723,7 @@ def attention_mask(mask, dtype):
 
 
 def predict_noise(model, z_t, t, text, mask, return_mixers=False, **conditions):
-    """epsilon(z_t, t, tau), (b, c, height, width); of a model with learned variance the noise half.
+    """Return epsilon(z_t, t, tau), (b, c, height, width); of a model with learned variance the noise half.
 
     text (b, s, caption_width), mask (b, s).  conditions: see `size_conditions`.
     With return_mixers returns the noise and [(input, output)] of each block's mixer, (b, l, d) each.
@@ -743,7 +745,7 @@ def predict_noise(model, z_t, t, text, mask, return_mixers=False, **conditions):
 
 
 def size_conditions(model, height, width, batch):
-    """PixArt-1024's conditions for `batch` images of height x width pixels; {} if the model has none."""
+    """Return PixArt-1024's conditions for `batch` images of height x width pixels; {} if it has none."""
     if not model.conditioned_on_size:
         return {}
     sizes = torch.tensor([[height, width, height / width]] * batch, device=model.device, dtype=model.dtype)
@@ -751,7 +753,7 @@ def size_conditions(model, height, width, batch):
 
 
 def mean_square(a, b):
-    """|| a - b ||^2 as used everywhere here: the mean over elements, in float32 at least."""
+    """Return || a - b ||^2 as used everywhere here: the mean over elements, in float32 at least."""
     return F.mse_loss(upcast(a), upcast(b))
 
 
@@ -795,7 +797,7 @@ def mixer_loss(teacher_mixers, student_mixers):
 
 
 def kd_loss(student, teacher, z_t, t, text, mask, noise, soft_weight=0.5, mixer_weight=0.2, **conditions):
-    """Equation 11: L_mse + 0.5 L_soft + 0.2 L_mixer -> (loss, {"mse", "soft", "mixer"} detached)."""
+    """Equation 11: L_mse + 0.5 L_soft + 0.2 L_mixer. Return it, and its terms {"mse", "soft", "mixer"}."""
     inputs = dict(z_t=z_t, t=t, text=text, mask=mask, return_mixers=True, **conditions)
     with torch.no_grad():
         teacher_noise, teacher_mixers = predict_noise(teacher, **inputs)
@@ -825,7 +827,7 @@ PIXART_NAMES = {
 
 
 def rename_pixart(weights):
-    """The state dict of a diffusers PixArtTransformer2DModel -> that of the T2MD that computes the same."""
+    """Rename the state dict of a diffusers PixArtTransformer2DModel to that of the equivalent T2MD."""
     renamed = {}
     for name, weight in weights.items():
         for diffusers_name, our_name in PIXART_NAMES.items():
@@ -836,7 +838,7 @@ def rename_pixart(weights):
 
 
 def student_of(teacher, pattern, model_class=T2MD, **arguments):
-    """A student that has all of the teacher's weights, except mixers whose letter changes: those are fresh.
+    """Make a student with all of the teacher's weights, except mixers whose letter changes: those are fresh.
 
     DiM's additions are fresh too. It predicts the noise only.
 
@@ -865,13 +867,13 @@ def student_of(teacher, pattern, model_class=T2MD, **arguments):
 
 
 def noise_rows(weight, channels, noise_channels):
-    """The rows of the output layer that predict the noise; all are (p, p, channel), the noise's first."""
+    """Return the rows of the output layer that predict the noise; all are (p, p, channel), noise first."""
     return weight.unflatten(0, (-1, channels))[:, :noise_channels].flatten(0, 1)
 
 
 @torch.no_grad()
 def copy_attention(mixer, attention):
-    """Mamba-in-the-Llama's initialisation of a MambaMixer: C <- W_q, B <- W_k, x <- W_v, out_proj <- W_o.
+    """Initialise a MambaMixer as Mamba in the Llama: C <- W_q, B <- W_k, x <- W_v, out_proj <- W_o.
 
     The mixer must have the attention's geometry (`llama_shape`). The rest keeps its own initialisation, but
     `fuse` starts as the mean of both directions plus W_o's bias. The biases of W_q, W_k and W_v are dropped:
@@ -889,13 +891,13 @@ def copy_attention(mixer, attention):
 
 
 def llama_shape(teacher):
-    """Mamba's arguments with the geometry of a teacher's attention: a group and a state for each head."""
+    """Return Mamba's arguments of the teacher's attention's geometry: a group and a state for each head."""
     head_width = teacher.config.width // teacher.config.heads
     return dict(expand=1, d_state=head_width, head_dim=head_width, n_groups=teacher.config.heads)
 
 
 def fit_ends(model, latent_channels, caption_width):
-    """`model`, with new layers where another VAE's latents or another T5's features do not fit the old ones.
+    """Return `model` with new layers where another VAE's latents or another T5's features do not fit.
 
     New are then patch_embed and proj_out, or caption_projection's first layer; the config says so.
     """
@@ -987,7 +989,7 @@ class VAE:
 
     @torch.no_grad()
     def moments(self, images, tile=None):
-        """Images in [-1, 1], (b, 3, h, w) -> mean and standard deviation of q(z|x), each (b, c, h/f, w/f)."""
+        """Encode images in [-1, 1], (b, 3, h, w): mean and deviation of q(z|x), each (b, c, h/f, w/f)."""
         with self.lock, torch.autocast(torch.device(self.device).type, enabled=False):
             self.set_tiling(max(images.shape[-2:]), tile)
             q = self.model.encode(images.to(self.device, self.dtype)).latent_dist
@@ -997,8 +999,11 @@ class VAE:
 
     @torch.no_grad()
     def decode(self, latents, tile=1024):
-        """Latents (b, c, h/f, w/f) -> images in [-1, 1], (b, 3, h, w). A side longer than `tile` pixels is
-        decoded in overlapping, blended tiles (diffusers'); smaller tiles leave seams in flat skies."""
+        """Decode latents (b, c, h/f, w/f) to images in [-1, 1], (b, 3, h, w).
+
+        A side longer than `tile` pixels is decoded in overlapping, blended tiles (diffusers'); smaller tiles
+        leave seams in flat skies.
+        """
         latents = (latents / self.scale + self.shift).to(self.device, self.dtype)
         with self.lock, torch.autocast(torch.device(self.device).type, enabled=False):
             self.set_tiling(max(latents.shape[-2:]) * self.factor, tile)
@@ -1041,7 +1046,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, captions):
-        """List of b captions -> features (b, s, width) and mask (b, s), 1 for a token, s <= max_length.
+        """Encode b captions: features (b, s, width) and mask (b, s), 1 for a token, s <= max_length.
 
         s is the longest caption's length: what pads it to 120 in diffusers' pipeline is masked there anyway.
         """
@@ -1058,7 +1063,7 @@ class TextEncoder:
 
 
 def pad_features(features):
-    """List of (s_i, width) caption features -> features (b, s, width) and mask (b, s), as `TextEncoder`'s."""
+    """Pad a list of caption features (s_i, width) to features (b, s, width) and mask (b, s)."""
     masks = [torch.ones(len(one), dtype=torch.long) for one in features]
     padded = nn.utils.rnn.pad_sequence(features, batch_first=True)
     return padded, nn.utils.rnn.pad_sequence(masks, batch_first=True)
@@ -1070,7 +1075,7 @@ def pad_features(features):
 
 
 def load_part(load, path_or_repo, subfolder, **kwargs):
-    """load(place, **kwargs) on a pipeline's `subfolder` or, where there is none, on what is named itself.
+    """Return load(place, **kwargs) of a pipeline's `subfolder`; where there is none, of what is named itself.
 
     load: a library's function, such as AutoTokenizer.from_pretrained.
     """
@@ -1112,12 +1117,12 @@ def load_model(cls, path_or_repo, subfolder, **kwargs):
 
 
 def load_config(path_or_repo):
-    """The entries of config.json, of a backbone or of a pipeline's transformer."""
+    """Return the entries of config.json, of a backbone or of a pipeline's transformer."""
     return load_part(T2MD.load_config, path_or_repo, "transformer")
 
 
 def load_backbone(path_or_repo, **overrides):
-    """The T2MD of a checkpoint, or of a diffusers PixArt transformer, whichever is there; in float32.
+    """Load the T2MD of a checkpoint, or of a diffusers PixArt transformer, whichever is there; in float32.
 
     overrides: any argument of T2MD that changes no weight, e.g. pos_embed="centered".
     """
@@ -1130,7 +1135,7 @@ def load_backbone(path_or_repo, **overrides):
 
 
 def from_pixart(path_or_repo, **overrides):
-    """The teacher as a T2MD, from a diffusers PixArt transformer, or from a pipeline that has one.
+    """Load a teacher as a T2MD, from a diffusers PixArt transformer, or from a pipeline that has one.
 
     The learned null caption in PixArt-alpha's own files (y_embedding) is left out, as in diffusers.
     """
@@ -1170,7 +1175,7 @@ def check_scheduler(path_or_repo):
 
 
 def load_denoiser(path_or_repo, device="cpu", dtype=torch.float32, **overrides):
-    """A T2MD checkpoint, or PixArt transformer, with `overrides` of its config -> frozen, folded T2MD."""
+    """Load a checkpoint, or PixArt transformer, with `overrides` of its config, as a frozen, folded T2MD."""
     return freeze(load_backbone(path_or_repo, **overrides), device, dtype)
 
 
@@ -1185,7 +1190,7 @@ def freeze(model, device, dtype):
 
 
 def component_path(checkpoint, reference):
-    """Where a checkpoint's VAE or text encoder is: a folder relative to it, or a repository.
+    """Return where a checkpoint's VAE or text encoder is: a folder relative to it, or a repository.
 
     A plain PixArt pipeline names none (None): its parts are in the pipeline itself.
     """
@@ -1201,7 +1206,7 @@ def component_path(checkpoint, reference):
 
 
 def load_parts(model, folder, device="cpu", dtype=torch.float32):
-    """The frozen (VAE, TextEncoder) that the config of the checkpoint in `folder` names.
+    """Return the frozen (VAE, TextEncoder) that the config of the checkpoint in `folder` names.
 
     The text encoder is in `dtype`; the VAE in float32, as SDXL's overflows in less.
     """
@@ -1228,7 +1233,7 @@ def check_widths(model, vae, text_encoder):
 
 @functools.lru_cache(maxsize=None)
 def optional_kernel(module, name):
-    """Function `name` of an optional `module`; None if it is not installed, or (said) cannot be imported."""
+    """Return a function of an optional `module`; None if it is not there or (said) cannot be imported."""
     if importlib.util.find_spec(module.split(".")[0]) is None:
         return None
     compiled = "selective_scan_cuda"  # Mamba-1's: mamba_ssm imports it, a build may lack it, nobody calls it
@@ -1242,21 +1247,21 @@ def optional_kernel(module, name):
 
 
 def scan_kernel(device, dtype):
-    """mamba-ssm's scan where it can run, or None."""
+    """Return mamba-ssm's scan where it can run, or None."""
     if torch.device(device).type != "cuda" or dtype == torch.float64:
         return None
     return optional_kernel("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
 
 
 def attention_kernel(device, dtype):
-    """flash-attn's attention where it can run, or None."""
+    """Return flash-attn's attention where it can run, or None."""
     if torch.device(device).type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return None
     return optional_kernel("flash_attn", "flash_attn_func")
 
 
 def kernels_in_use(device, dtype, float32_attention=False):
-    """One line that says what computes scan and self-attention."""
+    """Return a line that says what computes scan and self-attention."""
     scan = "mamba-ssm" if scan_kernel(device, dtype) else "plain PyTorch"
     attention_dtype = torch.float32 if float32_attention else dtype
     attention = "flash-attn" if attention_kernel(device, attention_dtype) else "PyTorch SDPA"
@@ -1282,7 +1287,7 @@ class PaddingTokens(nn.Module):
         self.tokens = nn.Parameter(0.02 * torch.randn(3, width))
 
     def forward(self, h, grid):
-        """(b, rows * columns, d) -> (b, (rows+3) * (columns+3), d) and the new grid."""
+        """Turn (b, rows * columns, d) into (b, (rows+3) * (columns+3), d), and return the new grid too."""
         rows, columns = grid
         batch, _, width = h.shape
         below = self.tokens[:, None].expand(batch, 3, columns, width)
@@ -1293,12 +1298,12 @@ class PaddingTokens(nn.Module):
 
     @staticmethod
     def remove(h, grid):
-        """(b, (rows+3) * (columns+3), d) and the padded grid -> (b, rows * columns, d)."""
+        """Turn (b, (rows+3) * (columns+3), d) of the padded grid into (b, rows * columns, d)."""
         return h.unflatten(1, grid)[:, :-3, :-3].flatten(1, 2)
 
 
 class LocalEnhancement(nn.Module):
-    """DiM's depthwise 3x3 convolution over the grid, (b, rows * columns, d) -> same; an identity at first."""
+    """DiM's depthwise 3x3 convolution over a grid of tokens (b, rows * columns, d), at first the identity."""
 
     def __init__(self, width):
         super().__init__()
@@ -1344,7 +1349,7 @@ class DiM(T2MD):
         return super().unpatchify(h, embedding, grid)
 
     def forward(self, hidden_states, *args, return_mixers=False, **kwargs):
-        """T2MD's; the mixers' inputs and outputs are those of the image's tokens, without padding."""
+        """Do as T2MD; the mixers' inputs and outputs are those of the image's tokens, without padding."""
         result = super().forward(hidden_states, *args, return_mixers=return_mixers, **kwargs)
         if self.padding is None or not return_mixers:
             return result

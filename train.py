@@ -269,7 +269,7 @@ CHAIN = ("parts", *STAGES)
 
 
 def modules(model, which):
-    """The modules of a model that a stage trains, or that learn faster."""
+    """Return the modules of a model that a stage trains, or that learn faster."""
     if which == "nothing":
         return []
     if which == "everything":
@@ -292,7 +292,7 @@ def freeze_all_but(model, which):
 
 
 def noise_schedule(model):
-    """diffusers' forward process (equation 1) on the 1000-step schedule that a model's config names."""
+    """Return diffusers' forward process (equation 1) on the schedule that a model's config names."""
     return DDPMScheduler(**t2md.SCHEDULE, beta_schedule=model.config.beta_schedule)
 
 
@@ -341,7 +341,7 @@ class PartsJob:
 
 
 def plan(args):
-    """The jobs of what --stage names, and before it of what it needs. Loads and trains nothing."""
+    """Return the jobs of what --stage names, and before it of what it needs. Load and train nothing."""
     config = CONFIGS[args.config]
     places = find_places(args.out, config.shipped, args.teacher)
     stages = list(config.settings)
@@ -373,12 +373,12 @@ def plan(args):
 
 
 def place_of(name, out):
-    """The folder into which a stage writes; `parts` writes several folders into OUT itself."""
+    """Return the folder into which a stage writes; `parts` writes several folders into OUT itself."""
     return out if name == "parts" else os.path.join(out, name)
 
 
 def find_places(out, shipped, teacher):
-    """{stage or part: where its result is}: in OUT if it is finished there, else what is shipped.
+    """Return {stage or part: where its result is}: in OUT if it is finished there, else what is shipped.
 
     A stage that is begun in OUT and not finished has no place yet.
     """
@@ -397,7 +397,7 @@ def find_places(out, shipped, teacher):
 
 
 def predecessor(name, init):
-    """The stage that must be there before this one, or None. kd may skip forcing (--init)."""
+    """Return the stage that must be there before this one, or None. kd may skip forcing (--init)."""
     if name == "parts":
         return None
     if name == "kd" and init != "forcing":
@@ -406,7 +406,7 @@ def predecessor(name, init):
 
 
 def make_job(name, args, config, places, jobs):
-    """The record of one stage, with all flags that concern it.  jobs: those that run before it."""
+    """Make the record of one stage, with all flags that concern it.  jobs: those that run before it."""
     named = args.stage in (name, "all")
     before = predecessor(name, args.init)
     start = args.teacher if name == "teacher" else places[before]
@@ -473,7 +473,7 @@ OF_EVERY_STAGE = ("save_every", "save_minutes")
 
 
 def settings_with_flags(name, settings, flags, named, folder):
-    """A stage's settings, replaced by the flags that are given: most are for the stage that --stage names.
+    """Return a stage's settings with the flags that are given; most are for the stage that --stage names.
 
     A stage that is begun in `folder` goes on for as many steps as it was begun for.
     """
@@ -495,7 +495,7 @@ def settings_with_flags(name, settings, flags, named, folder):
 
 
 def find_part(part, stage, config, places, start, jobs, data):
-    """Where a stage's VAE or text encoder is (folder or repository), if no flag names it."""
+    """Return where a stage's VAE or text encoder is (folder or repository), if no flag names it."""
     if start is None:
         return places[part]
     if stage.swaps and part in config.second:
@@ -531,7 +531,7 @@ class Networks:
 
 
 def build(job):
-    """The networks that a stage begins with, on the device, frozen as the stage says."""
+    """Return the networks that a stage begins with, on the device, frozen as the stage says."""
     vae = VAE(job.vae, job.device)
     text_encoder = TextEncoder(job.text_encoder, device=job.device, dtype=getattr(torch, job.dtype))
     # The weights of both are loaded when they are first used.
@@ -553,7 +553,7 @@ def build(job):
 
 
 def first_model(job, vae, text_encoder):
-    """The model that a stage begins with: new, loaded, or made of its teacher; in float32, on the CPU."""
+    """Return the model that a stage begins with: new, loaded, or made of its teacher; float32, on the CPU."""
     attention = dict(float32_attention=job.settings.float32_attention)
     if job.start is None:
         return T2MD(
@@ -584,7 +584,7 @@ def first_model(job, vae, text_encoder):
 
 
 def first_student(job, teacher):
-    """The student with which forcing begins, or kd without forcing: see --init."""
+    """Return the student with which forcing begins, or kd without forcing: see --init."""
     model_class = t2md.DiM if job.dim else T2MD
     shape = dict(job.config.student)
     if job.init == "llama":
@@ -600,7 +600,7 @@ def first_student(job, teacher):
 
 
 def open_data(job, networks):
-    """{multiple of the base size: its ImageData}. The shapes world is drawn, and encoded once."""
+    """Return {multiple of the base size: its ImageData}. The shapes world is drawn here."""
     settings = job.settings
     vae = networks.vae
     base = base_pixels(job, networks)
@@ -634,7 +634,7 @@ def open_data(job, networks):
 
 
 def base_pixels(job, networks):
-    """The side in pixels of the size 1 of a stage's `sizes`."""
+    """Return the side in pixels of the size 1 of a stage's `sizes`."""
     return networks.model.config.sample_size * networks.vae.factor // max(job.settings.sizes)
 
 
@@ -656,7 +656,7 @@ def begin_with_translation(job, networks, data):
 
 
 def all_made_with(job, data):
-    """All that a stage's result depends on, for made_with.json: settings, models, data."""
+    """Return all that a stage's result depends on, for made_with.json: settings, models, data."""
     made_with = dict(job.made_with)
     made_with["vae"] = files.fingerprint(job.vae)
     made_with["text_encoder"] = files.fingerprint(job.text_encoder)
@@ -677,7 +677,7 @@ def check_beginning(job, made_with):
 
 
 def batches(job, data, first):
-    """From step `first` on: (step, multiple of the base size, numbers of images).
+    """Yield (step, multiple of the base size, numbers of images), from step `first` on.
 
     The shares of a stage are of its images: larger ones come in smaller batches, and so more often.
     """
@@ -696,7 +696,7 @@ def batches(job, data, first):
 
 
 def load_batches(job, data, first):
-    """From step `first` on: (m, images in the batch, this process's share of it as a list of micro-batches).
+    """Yield (m, images in the batch, this process's share of it as a list of micro-batches) of each step.
 
     They are made some steps ahead, in threads. All that is random in image i is a function of (seed, stage,
     step, i), so it depends neither on restarts nor on how many processes there are.
@@ -719,7 +719,7 @@ def load_batches(job, data, first):
 
 
 def example_painter(job, networks, data):
-    """show(model, path): draw a contact sheet of a model's pictures; above a student's, its teacher's.
+    """Return show(model, path), which draws a sheet of a model's pictures, its teacher's above a student's.
 
     The model is folded and cast in place, so it must be a copy.
     """
@@ -751,7 +751,7 @@ def example_painter(job, networks, data):
 
 
 def encoded_examples(job, text_encoder, captions):
-    """The examples' caption features, kept with the run: a restart need not load T5 for them."""
+    """Return the examples' captions, encoded. They are kept with the run: a restart need not load T5."""
     path = os.path.join(job.folder, "examples.pt")
     captions = ["", *captions]
     key = [files.fingerprint(job.text_encoder), captions]
@@ -771,7 +771,7 @@ def encoded_examples(job, text_encoder, captions):
 
 
 def loss_of(job, networks, batch, m=1):
-    """The stage's loss of one batch -> (loss, {name of a term: its value}).
+    """Return the stage's loss of one batch, and {name of a term: its value}.
 
     batch: latents z0 and noise (b, c, height, width), t (b,), text (b, s, caption_width), mask (b, s).
     m: how many times the base size its images are.
@@ -802,7 +802,7 @@ def loss_of(job, networks, batch, m=1):
 
 
 def noise_weight(schedule, t, amplitude):
-    """What the error of each image in equation 8 is weighed by, (b, 1, 1, 1): 1 / sqrt(SNR), cut to [1, 8].
+    """Return the weight of each image's error in equation 8, (b, 1, 1, 1): 1 / sqrt(SNR), cut to [1, 8].
 
     Not the paper's: without it the small teacher learns last what is where and which colour is whose.
     amplitude: how much a picture's features stand out from the noise, beside latents of deviation 1 at base
@@ -859,7 +859,7 @@ def train(job):
 
 
 def run_steps(job, networks, data, optimizers, ema, first, saver, stop, log):
-    """The steps from `first` on, each in the order in which it runs."""
+    """Take the steps from `first` on, each in the order in which it runs."""
     settings = job.settings
     model = networks.model
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -914,7 +914,7 @@ def run_steps(job, networks, data, optimizers, ema, first, saver, stop, log):
 
 
 def reduce(trained, terms, told_to_stop, late, device):
-    """Sum gradients, in place, and loss terms over all processes -> (terms, stop, late) as plain numbers.
+    """Sum gradients, in place, and loss terms over all processes. Return (terms, stop, late) as numbers.
 
     stop: was any process told to.  late: does the first process want a checkpoint.
     """
@@ -946,7 +946,7 @@ class Saver:
         self.saved = time.monotonic()
 
     def late(self):
-        """Is the last checkpoint longer ago than --save-minutes?"""
+        """Return True if the last checkpoint is longer ago than --save-minutes."""
         return time.monotonic() - self.saved > 60 * self.job.settings.save_minutes
 
     def save(self, model, ema, optimizers, step, draw):
@@ -974,7 +974,7 @@ class Saver:
 
 
 class StopSignal:
-    """Inside, SIGTERM and the first Ctrl-C are only noted (`told`); a second Ctrl-C stops at once."""
+    """Notes SIGTERM and the first Ctrl-C inside its block (`told`); a second Ctrl-C stops at once."""
 
     def __enter__(self):
         self.told = False
@@ -1040,7 +1040,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(x, steps=5):
-    """A matrix -> about U V^T of its singular value decomposition, by Newton-Schulz iteration."""
+    """Return about U V^T of a matrix's singular value decomposition, by Newton-Schulz iteration."""
     tall = x.shape[0] > x.shape[1]
     if tall:
         x = x.mT
@@ -1052,7 +1052,7 @@ def orthogonalise(x, steps=5):
 
 
 def new_optimizers(model, settings, faster):
-    """AdamW, and where the settings say so Muon on the matrices of the blocks -> [optimiser].
+    """Return the optimisers: AdamW, and where the settings say so Muon for the matrices of the blocks.
 
     Weights decay; A_log, D and dt_bias do not (mamba-ssm marks them so), nor do biases, norms and tables.
     faster: the modules that learn at new_lr.  Each group's base_lr is its rate at the peak.
@@ -1083,7 +1083,7 @@ def new_optimizers(model, settings, faster):
 
 
 def set_rates(optimizers, step, settings):
-    """Set each group's rate: warm-up, then constant, then down to zero -> `lr` at this step.
+    """Set each group's rate: warm-up, then constant, then down to zero. Return `lr` at this step.
 
     The modules that a stage calls `faster` learn at new_lr, which rises and falls in the same way.
     """

@@ -192,7 +192,7 @@ def t5_operations():
 
 # -- times ---------------------------------------------------------------------------------------------------
 def seconds(functions, repeats, device):
-    """Call each function `repeats` times, in turn -> for each (median, largest deviation from it) in s."""
+    """Call each function `repeats` times, in turn. Return for each (median, largest deviation from it), s."""
     times = [[] for _ in functions]
     for _ in range(repeats):
         for function, taken in zip(functions, times):

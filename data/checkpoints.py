@@ -21,7 +21,7 @@ def finished(folder):
 
 
 def steps_done(folder):
-    """How many steps of a stage are saved in its folder: infinitely many if a model was put there by hand."""
+    """Return how many steps of a stage are saved in its folder; infinity if a model was put there by hand."""
     state = read_state(folder)
     if state is not None:
         return state["step"]
@@ -29,13 +29,13 @@ def steps_done(folder):
 
 
 def steps_planned(folder):
-    """How many steps a stage was to have when it was last saved; None if no step of it is saved."""
+    """Return how many steps a stage was to have when it was last saved; None if no step is saved."""
     state = read_state(folder)
     return state["steps"] if state is not None and state["step"] > 0 else None
 
 
 def read_state(folder, check=False):
-    """The training state in `folder`, or None where no training was.  check: compare all bytes' check sums.
+    """Return the training state in `folder`, or None where no training was.  check: compare check sums.
 
     Raises ValueError if it is damaged, or gone while the model that was trained with it is there.
     """
@@ -86,7 +86,7 @@ def begin(folder, steps):
 
 
 def resume(folder, model, ema, optimizers):
-    """Load what `save_state` wrote, if it is there -> steps done."""
+    """Load what `save_state` wrote, if it is there. Return how many steps are done."""
     state = read_state(folder, check=True)
     if state is None or state["step"] == 0:
         return 0
@@ -109,7 +109,7 @@ def remove_leftovers(folder):
 
 
 def open_log(folder, done):
-    """log.jsonl, opened to go on after `done` lines: those of steps that were lost are taken back."""
+    """Open log.jsonl to go on after `done` lines; those of steps that were lost are taken back."""
     if RANK > 0:
         return open(os.devnull, "a")
     path = os.path.join(folder, "log.jsonl")

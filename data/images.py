@@ -1,4 +1,4 @@
-"""Captioned images -> aspect-ratio buckets, batches of latents and text, from the images or from a cache.
+"""Aspect-ratio buckets of captioned images; batches of latents and text, from the images or from a cache.
 
     python -m data.images SOURCE [--size 512]   # what is in a data set: buckets, what is skipped and why
 
@@ -137,7 +137,7 @@ class Packed:
         files.write_atomically(self.path(first), lambda temporary: save_file(packed, temporary))
 
     def open(self, path):
-        """Map a file into memory -> its three tensors.  Raises ValueError if it is damaged."""
+        """Map a file into memory and return its three tensors.  Raises ValueError if it is damaged."""
         try:
             with safe_open(path, "pt") as file:  # its tensors are views of the map
                 return [file.get_tensor(name) for name in ("values", "offsets", "seen")]
@@ -296,17 +296,17 @@ class ImageData:
         files.wait_for_all()
 
     def encode_captions(self, numbers):
-        """Encode captions -> [(number, features of its tokens (s, width))]."""
+        """Encode captions. Return [(number, features of its tokens (s, width))]."""
         features, mask = self.text_encoder([self.index.caption(n) for n in numbers])
         return [(n, features[i, mask[i].bool()].cpu()) for i, n in enumerate(numbers)]
 
     def encode_images(self, numbers):
-        """Encode images -> [(number seen, moments, flat)]: mean, then deviation, (2, c, height, width)."""
+        """Encode images. Return [(number seen, flat moments)]: mean, then deviation, (c, height, width)."""
         seen, moments = self.encode_pictures(numbers)
         return [(number, both.flatten()) for number, both in zip(seen, moments)]
 
     def encode_pictures(self, numbers):
-        """Decode and encode images -> the numbers of those that are seen, and the moments of each."""
+        """Decode and encode images. Return the numbers of those that are seen, and the moments of each."""
         seen = []
         moments = []
         for number, picture in self.decoders.map(self.picture, numbers):
@@ -317,7 +317,7 @@ class ImageData:
         return seen, moments
 
     def moments_of(self, numbers):
-        """Images of one bucket -> the numbers of those seen, and each one's moments (2, c, height, width)."""
+        """Return the numbers of the images seen, of one bucket, and their moments (2, c, height, width)."""
         if not self.cached:
             return self.encode_pictures(numbers)
         height, width = self.sizes[numbers[0]].tolist()
@@ -331,7 +331,7 @@ class ImageData:
         return seen, moments
 
     def text_of(self, numbers):
-        """Captions -> features (b, s, width) and mask (b, s), 1 for a token; s: the longest one's length."""
+        """Return captions' features (b, s, width) and mask (b, s), 1 for a token; s: the longest's length."""
         if not self.cached:
             features, mask = self.text_encoder([self.index.caption(n) for n in numbers])
             return features.float().cpu(), mask.cpu()

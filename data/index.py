@@ -390,7 +390,7 @@ def look_at(file, length):
 
 
 def list_images(root, piece):
-    """Look at a piece -> [(file, offset, length, checksum, height, width, caption)], {why skipped: count}.
+    """Look at a piece. Return [(file, offset, length, checksum, height, width, caption)], {why: count}.
 
     piece: the path of a shard, or a list of Candidates.  file: its name relative to root, as bytes.
     """

@@ -32,7 +32,7 @@ def read_prompts(path):
 
 
 def read_record(line, kind):
-    """A line of a .txt or .jsonl -> {"prompt": ...} and what else the line has; None if it has no prompt."""
+    """Turn a line of a .txt or .jsonl into {"prompt": ..., what else it has}; None if it has no prompt."""
     if kind == ".txt":
         return dict(prompt=line.strip())
     try:
