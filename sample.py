@@ -205,9 +205,9 @@ def generate(model, vae, text_encoder, prompts, size, seeds, progress=False, **g
 def sizes_on_the_way(size, known, multiple):
     """Return the sizes (width, height) in pixels at which progressive sampling makes a picture of `size`.
 
-    Up to 1.5 times the `known` side: that size alone. Beyond: first the known area in the same shape, both
-    sides multiples of `multiple`; then doubled again and again, the last time by what remains. A last
-    enlargement of less than 7% is joined to the one before.
+    Up to 1.5 times the `known` side there is one size, `size` itself. Above, the first size has the known
+    area and the same shape, with sides that are multiples of `multiple`. Each further size doubles the sides;
+    the last one is `size`. A last enlargement of less than 7% is joined to the one before.
     """
     width, height = size
     factor = (width * height) ** 0.5 / known

@@ -152,8 +152,8 @@ def ssd_chunk(state, x, dt, A, B, C):
         y_i       = sum_{j <= i} (C_i . B_j) exp(a_i - a_j) u_j  +  exp(a_i) C_i^T state_in
         state_out = exp(a_last) state_in  +  sum_j exp(a_last - a_j) B_j u_j^T
 
-    so inside it is causal attention without a softmax, (G * L) u. Every exponent is <= 0: strong decay
-    underflows to zero and nothing overflows. Decays and states are float32 (or float64), whatever x is.
+    so inside a chunk the map is causal attention without a softmax, (G * L) u. Every exponent is <= 0: strong
+    decay underflows to zero and nothing overflows. Decays and states are float32 (or float64), whatever x is.
 
     With r heads in each of g groups: state (b, g, r, n, p), or None before the first chunk;
     x (b, k, g, r, p), dt (b, k, g, r), A (g, r), B and C (b, k, g, n).
@@ -164,9 +164,9 @@ def ssd_chunk(state, x, dt, A, B, C):
     # 2. The logarithm of the decay from the chunk's start to each token: a_i.
     log_decay = (dt * A).cumsum(dim=1)  # (b, k, g, r)
     last = log_decay[:, -1]  # (b, g, r)
-    # 3. L: the decay from token j to a later token i. Above the diagonal i comes before j, and the difference
-    #    is positive and may be large. tril makes it 0 before exp can overflow, which leaves ones there;
-    #    G is 0 above the diagonal, so these ones count for nothing.
+    # 3. L: the decay from token j to a later token i. Above the diagonal i comes before j: the difference is
+    #    positive and may be large. tril sets it to 0, so that exp gives 1 there instead of overflowing.
+    #    G is 0 above the diagonal, so these ones have no effect.
     by_head = log_decay.movedim(1, -1)  # (b, g, r, k)
     L = (by_head[..., :, None] - by_head[..., None, :]).tril().exp()  # (b, g, r, i, j)
     # 4. G: C_i . B_j where j <= i, else 0. All heads of a group share it.
@@ -514,8 +514,8 @@ class T2MD(ModelMixin, ConfigMixin):
         float32_attention: see `Attention`; self-attention only.
         pos_embed: "centered" (any size, zero-shot resolution) or "pixart" (the teacher's index grid).
         sample_size: latent side that it was last trained at (64 -> 512 px with an 8x VAE).
-        interpolation_scale: coordinates run over sample_size / patch_size / interpolation_scale, so a size
-            twice as large with twice the scale has the same; max(sample_size // 64, 1) if None, as diffusers.
+        interpolation_scale: coordinates run over sample_size / patch_size / interpolation_scale, so doubling
+            both size and scale keeps them. If None: max(sample_size // 64, 1), as in diffusers.
         use_additional_conditions: PixArt 1024's size and aspect embeddings; True at sample_size 128 if None.
     Args that config.json carries for the sampler, and the network ignores:
         beta_schedule: "linear" (teacher) or "scaled_linear" (quadratic, after adaptation).
@@ -899,7 +899,8 @@ def llama_shape(teacher):
 def fit_ends(model, latent_channels, caption_width):
     """Return `model` with new layers where another VAE's latents or another T5's features do not fit.
 
-    New are then patch_embed and proj_out, or caption_projection's first layer; the config says so.
+    Other latents need new patch_embed and proj_out, other features a new first layer of caption_projection.
+    The config of the result has the new widths.
     """
     fits = model.config.in_channels == latent_channels and model.config.caption_width == caption_width
     if fits:
@@ -919,12 +920,12 @@ def fit_ends(model, latent_channels, caption_width):
 def translate_text(model, before, features, features_before):
     """Let `model` read a new T5's features as the model `before` reads the old T5's. Not in the paper.
 
-    caption_projection's first layer takes up an affine map: the one that turns the new T5's features of some
-    tokens, (tokens, caption_width), into the old one's with the least squared error.
+    An affine map is fitted by least squares from the new T5's features of some tokens,
+    (tokens, caption_width), to the old one's. caption_projection's first layer absorbs the map.
     """
     ones = torch.ones(len(features), 1)
     inputs = torch.cat([features, ones], dim=1).double()
-    # A correction of the identity: what the tokens say nothing of stays as it is.
+    # Fit a correction of the identity: directions that the tokens do not span stay unchanged.
     identity = torch.eye(inputs.shape[1], features_before.shape[1], dtype=torch.float64)
     correction = torch.linalg.lstsq(inputs, features_before.double() - inputs @ identity).solution
     affine = (identity + correction).float()
@@ -1048,7 +1049,7 @@ class TextEncoder:
     def __call__(self, captions):
         """Encode b captions: features (b, s, width) and mask (b, s), 1 for a token, s <= max_length.
 
-        s is the longest caption's length: what pads it to 120 in diffusers' pipeline is masked there anyway.
+        s is the longest caption's length. diffusers' pipeline pads to 120 tokens, but masks the padding.
         """
         captions = [caption.lower().strip() for caption in captions]
         with self.lock, torch.autocast(torch.device(self.device).type, enabled=False):
@@ -1075,7 +1076,7 @@ def pad_features(features):
 
 
 def load_part(load, path_or_repo, subfolder, **kwargs):
-    """Return load(place, **kwargs) of a pipeline's `subfolder`; where there is none, of what is named itself.
+    """Return load(place, **kwargs); place is the pipeline's `subfolder`, or path_or_repo if it has none.
 
     load: a library's function, such as AutoTokenizer.from_pretrained.
     """
@@ -1162,7 +1163,7 @@ def from_pixart(path_or_repo, **overrides):
 
 
 def check_scheduler(path_or_repo):
-    """Raise ValueError if a pipeline's scheduler says that its model predicts or was taught otherwise."""
+    """Raise ValueError if a pipeline's scheduler names another noise schedule or prediction than ours."""
     try:
         stored = load_part(DPMSolverMultistepScheduler.load_config, path_or_repo, "scheduler")
     except OSError:
@@ -1278,8 +1279,8 @@ def kernels_in_use(device, dtype, float32_attention=False):
 class PaddingTokens(nn.Module):
     """DiM's padding: 3 learned tokens end each row and each column of the grid.
 
-    So a convolution of 4 does not reach from one line into the next. The grid (rows, columns) becomes
-    (rows + 3, columns + 3): every row ends in p0, p1, p2; row `rows + k` is p_k up to there.
+    So a convolution of 4 tokens does not reach from one line into the next. The grid (rows, columns) becomes
+    (rows + 3, columns + 3): every row ends in p0, p1, p2, and row `rows + k` holds p_k before them.
     """
 
     def __init__(self, width):

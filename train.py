@@ -76,7 +76,7 @@ class Settings:
     timesteps: tuple | None = None  # uniform; else mean, deviation of a normal distribution within [0, 1000)
     snr_weight: float = 0.0  # not the paper's: see `noise_weight`
     translate: int = 0  # not the paper's: captions by which adapt first translates the new T5's features
-    float32_attention: bool = True  # as PixArt trains; only with --dtype bfloat16 does it change anything
+    float32_attention: bool = True  # as PixArt trains; it matters only with --dtype bfloat16
     ratios: tuple | None = None  # height / width of the pictures: diffusers' buckets by name; None: all
     enlarge: float = 2.0  # a smaller picture than would have to be enlarged so much is skipped
     sampler: dict = field(default_factory=dict)  # entries of the model's config that its sampler reads
@@ -156,7 +156,7 @@ SHAPES_SETTINGS = {
         lr=2e-3,
         new_lr=4e-3,  # of the layers that meet another VAE and T5
         warmup=100,
-        translate=1000,  # which colour and which place is whose survives
+        translate=1000,  # so that colours and places stay with their objects
         snr_weight=0.5,
         timesteps=(640, 240),  # the quadratic schedule moves layout to later timesteps
         ratios=SHAPES_RATIOS,
@@ -341,13 +341,13 @@ class PartsJob:
 
 
 def plan(args):
-    """Return the jobs of what --stage names, and before it of what it needs. Load and train nothing."""
+    """Return the job that --stage names, after the jobs that it needs. Load and train nothing."""
     config = CONFIGS[args.config]
     places = find_places(args.out, config.shipped, args.teacher)
     stages = list(config.settings)
     if "parts" in config.shipped:
         stages.insert(0, "parts")
-    # 1. Which stages run: all that OUT lacks; or from the named one back to what is there.
+    # 1. Which stages run: with `all`, those that OUT lacks; else the named one, and what it needs before.
     if args.stage == "all":
         given = ("parts", "teacher") if args.teacher else ()
         if args.vae and args.text_encoder:
@@ -679,7 +679,7 @@ def check_beginning(job, made_with):
 def batches(job, data, first):
     """Yield (step, multiple of the base size, numbers of images), from step `first` on.
 
-    The shares of a stage are of its images: larger ones come in smaller batches, and so more often.
+    A stage's `sizes` are shares of its images. Batches of larger images are smaller, so they come more often.
     """
     sizes = job.settings.sizes
     batch_sizes = {m: max(1, job.settings.batch_size // m**2) for m in sizes}
@@ -698,8 +698,8 @@ def batches(job, data, first):
 def load_batches(job, data, first):
     """Yield (m, images in the batch, this process's share of it as a list of micro-batches) of each step.
 
-    They are made some steps ahead, in threads. All that is random in image i is a function of (seed, stage,
-    step, i), so it depends neither on restarts nor on how many processes there are.
+    Batches are made some steps ahead, in threads. Every random draw for image i of a batch is a function of
+    (seed, stage, step, i), so it depends neither on restarts nor on the number of processes.
     """
 
     def make(step, m, chosen):
@@ -804,9 +804,9 @@ def loss_of(job, networks, batch, m=1):
 def noise_weight(schedule, t, amplitude):
     """Return the weight of each image's error in equation 8, (b, 1, 1, 1): 1 / sqrt(SNR), cut to [1, 8].
 
-    Not the paper's: without it the small teacher learns last what is where and which colour is whose.
-    amplitude: how much a picture's features stand out from the noise, beside latents of deviation 1 at base
-    size: a shape of m times the size m times as well. 0: every image weighs 1.
+    Not in the paper. Without the weight the small teacher learns places and the objects' colours last.
+    amplitude: how clearly a picture's features stand out from the noise, relative to latents of deviation 1
+    at base size. Shapes of m times the size stand out m times as clearly. 0: every image weighs 1.
     """
     alpha_bar = schedule.alphas_cumprod.to(t.device)[t]
     if amplitude == 0:
@@ -822,7 +822,7 @@ def noise_weight(schedule, t, amplitude):
 
 def train(job):
     """Run or continue one stage. All processes do; the first one writes."""
-    # 1. What it is made with must be what it was begun with.
+    # 1. A stage that is continued needs the settings, models and data that it was begun with.
     settings = job.settings
     networks = build(job)
     data = open_data(job, networks)
@@ -966,7 +966,7 @@ class Saver:
         self.saved = time.monotonic()
 
     def draw(self, model, path):
-        """Draw the examples; what goes wrong here is said, and ends no training."""
+        """Draw the examples. An error is printed and does not end the training."""
         try:
             self.show(model, path)
         except Exception as error:  # out of memory, a size that no patch fits, a full disk

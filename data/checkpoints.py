@@ -79,7 +79,7 @@ def save_state(folder, model, ema, optimizers, step, steps):
 
 
 def begin(folder, steps):
-    """Write a state without weights, unless there is a state: a folder that lacks one later has lost it."""
+    """Write a state without weights, unless there is a state. If it is missing later, it was lost."""
     path = os.path.join(folder, "training_state.pt")
     if not os.path.exists(path):
         files.write_atomically(path, lambda temporary: torch.save(dict(step=0, steps=steps), temporary))

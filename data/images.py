@@ -223,10 +223,10 @@ class ImageData:
                 self.buckets[height, width] = members.astype(np.int32)
 
     def order(self, batch_size, stage):
-        """Yield, without end, the numbers of the images of one batch after the other, each of one bucket.
+        """Yield batches without end: each is a list of image numbers of one bucket.
 
-        It is a function of seed, stage and epoch. In an epoch every image comes once; what fills no batch of
-        its bucket comes first in the next epoch.
+        The order is a function of seed, stage and epoch. In an epoch every image comes once; images that are
+        too few for a batch of their bucket come first in the next epoch.
         """
         left = {bucket: np.zeros(0, np.int32) for bucket in self.buckets}
         for epoch in itertools.count():

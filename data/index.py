@@ -339,7 +339,7 @@ def sample_key(member):
 def read_samples(path, tar, members):
     """Pair images with captions among members that share a key.
 
-    Names pair that agree up to their last dot: a.png and a.txt, a.v0.png and a.v0.txt. Beside a.png,
+    Names that agree up to their last dot are a pair: a.png and a.txt, a.v0.png and a.v0.txt. Beside a.png,
     a.seg.png is a part of the same sample, as in WebDataset, and no image of its own.
     """
     stems = collections.defaultdict(dict)  # name without its ending -> {ending: member}
@@ -480,7 +480,7 @@ class Index:
             raise self.damaged(error) from error
 
     def bring_up_to_date(self, source):
-        """Write the index unless there is one of the files as they are."""
+        """Write the index, unless there is one and the files have not changed since."""
         found = Source(source)
         stamp = found.stamp()
         noted = None

@@ -162,9 +162,9 @@ def word_labels(record):
 def text_loss(encoder, heads, tokenizer, rng):
     """Return the loss of the text encoder on 128 captions: cross-entropies of the four questions, summed.
 
-    Each word, which is one token, is asked for the shape, colour, number and place of its object, by a linear
-    head a question. Like the real T5 the encoder has then read captions before it sees a picture, and its
-    tokens carry which colour and which place is whose.
+    Each word is one token. One linear head per question predicts from the token the shape, colour, number or
+    place of the word's object. So the encoder, like the real T5, has read captions before any picture is
+    learned, and its tokens carry which colour and which place belong to which object.
     """
     records = [shapes.training_record(rng) for _ in range(128)]
     tokens = tokenizer([record["prompt"] for record in records], padding="longest", return_tensors="pt")

@@ -291,7 +291,7 @@ def detect_object(blob, distances):
 def detect_shapes(image):
     """Return all objects of a picture as (class, colour, box), or None if any part of it is not clean.
 
-    Clean is a picture of whole objects, each of one colour, on an even background. The detector scales the
+    A clean picture has only whole objects, each of one colour, on an even background. The detector scales the
     picture to a short side of 128 pixels; boxes are in these pixels.
     """
     scale = SHORT_SIDE / min(image.size)
