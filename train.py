@@ -414,7 +414,7 @@ def make_job(name, args, config, places, jobs):
     if name == "kd" and args.init == "scratch":
         # It keeps nothing of the teacher, so there is nothing to freeze.
         stage = dataclasses.replace(stage, trains="everything", faster="everything")
-    folder = os.path.join(args.out, name)
+    folder = place_of(name, args.out)
     settings = settings_with_flags(name, config.settings[name], vars(args), named, folder)
     check_batch(name, settings)
     dim = {key: True for key in ("padding_tokens", "local_enhancement") if getattr(args, key)}

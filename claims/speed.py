@@ -391,17 +391,15 @@ def write_random_images(path, count, pixels):
 
 
 def cached_data(args, job, folder):
-    """Return ImageData with a full cache: of --data, or of random images, 1 MiB a caption, in `folder`."""
+    """Return ImageData with a cache: of --data, or of random images, 1 MiB a caption, in `folder`."""
     if args.data is None:
         index.INDEX = os.path.join(folder, "index")  # it goes when the folder goes
         path = os.path.join(folder, "images.tar")
         write_random_images(path, args.images, args.pixels)
-        data = ImageData(path, args.pixels, RandomVAE(), RandomT5(), 0, os.path.join(folder, "cache"))
-        data.fill_cache()
-        return data
+        return ImageData(path, args.pixels, RandomVAE(), RandomT5(), 0, os.path.join(folder, "cache"))
     vae = t2md.VAE(job.vae)
     text_encoder = t2md.TextEncoder(job.text_encoder)
-    data = ImageData(
+    return ImageData(
         args.data,
         args.pixels,
         vae,
@@ -411,8 +409,6 @@ def cached_data(args, job, folder):
         enlarge=job.settings.enlarge,
         ratios=job.settings.ratios,
     )
-    data.fill_cache()
-    return data
 
 
 def time_feed(args):
@@ -423,6 +419,7 @@ def time_feed(args):
     job = feed_job(args)
     with tempfile.TemporaryDirectory() as folder:
         data = cached_data(args, job, folder)
+        data.fill_cache()
         batches = train.load_batches(job, {1: data}, 0)
         next(batches)  # threads start, files are opened
         batches_timed = args.repeats * 8

@@ -66,7 +66,7 @@ def save_model(model, folder):
 
 
 def save_state(folder, model, ema, optimizers, step, steps):
-    """Write all that a restart needs; the state before it stays until this one is whole."""
+    """Write all that a restart needs."""
     state = dict(
         step=step,
         steps=steps,
@@ -74,15 +74,19 @@ def save_state(folder, model, ema, optimizers, step, steps):
         ema=ema.state_dict(),
         optimizers=[optimizer.state_dict() for optimizer in optimizers],
     )
-    path = os.path.join(folder, "training_state.pt")
-    files.write_atomically(path, lambda temporary: torch.save(state, temporary))
+    write_state(folder, state)
 
 
 def begin(folder, steps):
     """Write a state without weights, unless there is a state. If it is missing later, it was lost."""
+    if read_state(folder) is None:
+        write_state(folder, dict(step=0, steps=steps))
+
+
+def write_state(folder, state):
+    """Write training_state.pt; the file before it stays until this one is whole."""
     path = os.path.join(folder, "training_state.pt")
-    if not os.path.exists(path):
-        files.write_atomically(path, lambda temporary: torch.save(dict(step=0, steps=steps), temporary))
+    files.write_atomically(path, lambda temporary: torch.save(state, temporary))
 
 
 def resume(folder, model, ema, optimizers):
