@@ -745,7 +745,7 @@ def example_painter(job, networks, data):
         size = (side, side)
         row = sample.generate_all(frozen, networks.vae, encoded, captions, size, job.seed, direct=True)
         rows = [teachers_row, row] if teachers_row else [row]
-        files.write_png(path, files.contact_sheet(rows, base))
+        files.write_png(path, files.contact_sheet(rows, base), side=base)
 
     return show
 

@@ -129,18 +129,18 @@ def loss_lines(folders):
 
 
 def scores_on_the_way(folder, records):
-    """Return (images seen, scores) of a training, by the pictures of `records` at its checkpoints."""
-    seen = []
+    """Return (steps, scores) of a training, by its checkpoints' pictures of the first of `records`."""
+    steps = []
     scores = []
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "step-*.png"))):
         sheet = Image.open(path)
-        side = sheet.width // len(records)
+        side = int(sheet.text["side"])
+        shown = records[: sheet.width // side]
         top = sheet.height - side  # the last row is the student's
-        pictures = [sheet.crop((k * side, top, (k + 1) * side, sheet.height)) for k in range(len(records))]
-        scores.append(evaluate(pictures, records)["overall"])
-        seen.append(int(path[-10:-4]))
-    batch_size = files.read_json(os.path.join(folder, "made_with.json"))["batch_size"]
-    return batch_size * np.array(seen), scores
+        pictures = [sheet.crop((k * side, top, (k + 1) * side, sheet.height)) for k in range(len(shown))]
+        scores.append(evaluate(pictures, shown)["overall"])
+        steps.append(int(path[-10:-4]))
+    return steps, scores
 
 
 def curves(folders, records):
@@ -157,9 +157,9 @@ def curves(folders, records):
         axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
     if records:
         for folder in folders:
-            seen, scores = scores_on_the_way(folder, records)
-            axes[-1].plot(seen, scores, marker=".", label=folder)
-        axes[-1].set(title="score", xlabel="images seen", ylim=(0, 1))
+            steps, scores = scores_on_the_way(folder, records)
+            axes[-1].plot(steps, scores, marker=".", label=folder)
+        axes[-1].set(title="score", xlabel="step", ylim=(0, 1))
     for axis in axes:
         axis.grid(color="lightgrey")
         axis.legend(fontsize="small")

@@ -225,6 +225,7 @@ def run(args):
             verdicts = [judge(image, record) for image, record in zip(images, records, strict=True)]
             scores = summarise(verdicts)
             made = dict(model=folder, size=size, guidance=guidance, guidance_interval=interval)
+            made.update(seed=args.seed, records=len(records), direct=args.direct, upscale=args.upscale)
             results.append({**made, **scores})
             rows.append((f"{os.path.basename(os.path.normpath(folder))}, {size} px", images[:12]))
             cells = ["-" if scores.get(name) is None else f"{scores[name]:.3f}" for name in COLUMNS]

@@ -310,7 +310,9 @@ def time_scan(args):
         x, dt, A, B, C = [v.double() if v.ndim == 1 else v[:, :512].double() for v in inputs]
         exact = t2md.ssd_recurrence(x, dt, A, B, C)
         calls = scan_calls(tokens, args, inputs)
-        times = seconds([call for call, _ in calls.values()], args.repeats, args.device)
+        timed = [call for call, _ in calls.values()]
+        seconds(timed, 1, args.device)  # compiles, tunes, warms up
+        times = seconds(timed, args.repeats, args.device)
         for (name, (call, chunk)), (median, spread) in zip(calls.items(), times):
             if chunk is None:
                 count = 4 * tokens**2 * WIDTH
@@ -343,7 +345,7 @@ def time_step(args):
         with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             train_once(args.stage, student, teacher, batch)
 
-    step()
+    seconds([step], 1, args.device)  # warms up
     ((median, spread),) = seconds([step], args.repeats, args.device)
     count = training_operations(args.stage, args.config, pattern, args.batch_size, pixels, pixels)
     print(f"{args.stage} step, {args.batch_size} images of {pixels} px: {median:.3f} +- {spread:.3f} s")

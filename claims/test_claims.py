@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import threading
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -79,11 +80,13 @@ def test_the_overall_score_is_the_mean_of_the_kinds_that_occur():
 def test_scores_samples_every_combination_and_writes_tables_and_sheets(chain, tmp_path, monkeypatch, capsys):
     """By default with the checkpoint's guidance; the last row's first wrong pictures have a sheet."""
     sampled = []
+    others = []
     kd = os.path.join(chain, "kd")
     blank = Image.new("RGB", (8, 8), BACKGROUND)
 
     def fake(model, vae, text_encoder, prompts, size, seed, **given):
         sampled.append((size, given["guidance"], given["guidance_interval"], given["upscale"]))
+        others.append((seed, given["direct"], given["renoise"]))
         return [blank] * len(prompts)
 
     monkeypatch.setattr(sample, "generate_all", fake)
@@ -100,6 +103,11 @@ def test_scores_samples_every_combination_and_writes_tables_and_sheets(chain, tm
     run(scores, *command, 64)
     config = t2md.load_backbone(kd).config
     assert sampled[-1] == ((64, 64), config.guidance, config.guidance_interval, 2)
+    assert others[-1] == (0, False, None)
+    hires2 = os.path.join(chain, "hires2")
+    run(scores, *command[:4], "--model", hires2, "--seed", 3, "--direct", "--renoise", 77)
+    assert sampled[-1][0] == (512, 512) and others[-1] == (3, True, 77)
+    assert files.read_json(tmp_path / "eval.json")[0].items() >= dict(seed=3, records=6, direct=True).items()
 
 
 def test_a_sheet_has_the_rows_names_and_the_prompts_on_it():
@@ -129,6 +137,11 @@ def test_relative_errors_on_the_students_and_on_the_teachers_hidden_states():
     assert min(errors["mixers"][1:]) > 1e-3 and max(errors["forced"][1:]) < 1e-9
     same = scores.relative_errors(teacher, teacher, vae, text_encoder, heldout_records(2, 0), 64, 0)
     assert same == dict(noise=0.0, mixers=[0.0] * 7, forced=[0.0] * 7)
+    with torch.no_grad():
+        for parameter in student.proj_out.parameters():
+            parameter.zero_()
+    errors = scores.relative_errors(student, teacher, vae, text_encoder, heldout_records(2, 0), 64, 0)
+    assert errors["noise"] == pytest.approx(1.0)  # of the teacher's own square
 
 
 # -- table 1 -------------------------------------------------------------------------------------------------
@@ -146,6 +159,24 @@ def test_a_row_of_table1_trains_what_its_name_says(row, tmp_path):
     assert trained == {name for name in names if ".mixer." in name or name.startswith(more)}
     off = {"from scratch": (0, 0), table1.COPIED: (0, 0), "+ soft loss": (0.5, 0)}
     assert (job.soft_weight, job.mixer_weight) == off.get(row.name, (0.5, 0.2))
+    assert model.proj_out.weight.any() == (row.name != "from scratch")  # zero in a new model
+
+
+def test_the_rows_of_table1_are_the_papers():
+    """How each begins, which mixers it has, what it is compared with; and the paper's overall scores."""
+    begins = {"from scratch": "scratch", "attention-to-Mamba initialisation": "llama"}
+    begins.update({table1.COPIED: "teacher", "+ soft loss": "teacher", table1.MIXER_LOSS: "teacher"})
+    patterns = {"one direction": "Sv>v>v>", "no self-attention": "HWHWHWH", "four-way scan": "S><v^><"}
+    overall = [0.481, 0.301, 0.397, 0.452, 0.462, 0.485, 0.433, 0.448, 0.420]
+    assert [row.paper[-1] for row in table1.ROWS if row.paper] == overall
+    before = None
+    for row in table1.ROWS[1:]:
+        job = table1.kd_job(row.flags)
+        assert job.init == begins.get(row.name, "forcing")
+        assert job.pattern == patterns.get(row.name, "SHWHWHW")
+        on_the_ladder = row.name in (table1.COPIED, "+ soft loss", table1.MIXER_LOSS, table1.FORCED)
+        assert row.against == (before if on_the_ladder or before is None else table1.FORCED)
+        before = row.name
 
 
 @pytest.fixture
@@ -160,8 +191,16 @@ def small_table(tmp_path, monkeypatch):
     return ["--steps", 4, "--batch-size", 2, "--records", 6, "--out", tmp_path]
 
 
-def test_table1_runs_every_row_once(tmp_path, small_table, capsys):
-    for seeds in (["--seed", 1, "--seeds", 1], ["--seeds", 2]):  # one seed first, then both
+def test_table1_runs_every_row_once(tmp_path, small_table, monkeypatch, capsys):
+    drawn = []
+    generate_all = sample.generate_all
+
+    def noted(model, *rest, **given):
+        drawn.append(model)
+        return generate_all(model, *rest, **given)
+
+    monkeypatch.setattr(sample, "generate_all", noted)
+    for seeds in (["--seeds", 1], ["--seeds", 2]):  # one seed first, then both
         run(table1, *small_table, *seeds)
         assert capsys.readouterr().out.count("ablate: ") == 3
     steps = {}
@@ -181,8 +220,18 @@ def test_table1_runs_every_row_once(tmp_path, small_table, capsys):
     teacher, scratch, forced = (table[name]["runs"] for name in table)
     assert teacher[0]["noise"] == 0 and teacher[0]["mixers"] == teacher[0]["forced"] == [0] * 7
     assert scratch[0]["noise"] > 0.1 and forced[0]["forcing"]["mixers"] != forced[0]["mixers"]
-    with pytest.raises(ValueError, match="steps 4, not 5"):
-        run(table1, *small_table, "--seeds", 2, "--steps", 5)
+    # What is scored is the model after kd, and the seed is the row's own.
+    kd = t2md.load_denoiser(f"{tmp_path}/ablate/four-way-scan-1/kd")
+    assert torch.equal(drawn[-1].proj_out.weight, kd.proj_out.weight)
+    assert all(torch.equal(a, b) for a, b in zip(drawn[-1].parameters(), kd.parameters()))
+    networks = sample.load_networks(os.path.join(ASSETS, "teacher"))
+    again = scores.relative_errors(kd, *networks, heldout_records(6, 1), 64, 1)
+    assert forced[1]["noise"] == pytest.approx(again["noise"])
+    assert files.read_json(f"{tmp_path}/ablate/four-way-scan-1/kd/made_with.json")["seed"] == 1
+    assert heldout_records(6, 0) != heldout_records(6, 1)
+    for flag, value in (("steps", 5), ("records", 7), ("dtype", "bfloat16"), ("batch-size", 3)):
+        with pytest.raises(ValueError, match=f"made with {flag.replace('-', '_')} .*, not {value}"):
+            run(table1, *small_table, "--seeds", 2, f"--{flag}", value)
 
 
 def test_a_table_that_never_began_refuses_no_other_budget(tmp_path, small_table, monkeypatch):
@@ -198,8 +247,8 @@ def test_a_table_that_never_began_refuses_no_other_budget(tmp_path, small_table,
 
 def test_the_tables_of_table1_say_what_was_measured():
     """Means, deviations over seeds, the paper's beside them; and in how many seeds a row beats another."""
-    low = dict.fromkeys(TAGS, 0.2) | dict(overall=0.2, noise=0.5, mixers=[0.1, 0.3])
-    high = dict.fromkeys(TAGS, 0.4) | dict(overall=0.4, noise=0.25, mixers=[0.1, 0.2])
+    low = dict.fromkeys(TAGS, 0.2) | dict(counting=0.25, overall=0.2, noise=0.5, mixers=[0.1, 0.2])
+    high = dict.fromkeys(TAGS, 0.4) | dict(counting=0.45, overall=0.4, noise=0.25, mixers=[0.1, 0.3])
     rows = [
         table1.Row("one", paper=(0.12,) * 6 + (0.345,)),
         table1.Row("two", against="one", paper=(0.11,) * 6 + (0.2,)),
@@ -208,28 +257,29 @@ def test_the_tables_of_table1_say_what_was_measured():
     results = {"one": [low, low], "two": [low, high], "three": [high, high]}
     args = table1.parse_arguments(["--seeds", "2"])
     lines = table1.tabulate(rows, results, args).splitlines()
-    assert (
-        f"| one | {'0.20 ± 0.00 (0.12) | ' * 6}0.20 ± 0.00 (0.345) | 0.5000 ± 0.0000 | 0.200 ± 0.000 |"
-        in lines
-    )
+    one = ["0.20 ± 0.00 (0.12)"] * 6 + ["0.20 ± 0.00 (0.345)", "0.5000 ± 0.0000", "0.150 ± 0.000"]
+    one[TAGS.index("counting")] = "0.25 ± 0.00 (0.12)"
+    assert f"| one | {' | '.join(one)} |" in lines
     assert any(line.startswith("| two | 0.30 ± 0.14 (0.11) |") and "0.175 ± 0.035" in line for line in lines)
-    assert "| two | one | 1 of 2 | 1 of 2 | 1 of 2 | lower |" in lines
-    assert "| three | two | 1 of 2 | 1 of 2 | 1 of 2 |  |" in lines
+    assert "| two | one | 1 of 2 | 1 of 2 | 0 of 2 | lower |" in lines
+    assert "| three | two | 1 of 2 | 1 of 2 | 0 of 2 |  |" in lines
 
 
 # -- figures -------------------------------------------------------------------------------------------------
 
 
 def test_field_and_depth(tmp_path):
-    errors = dict(mixers=[0.1, 0.2, 0.5], forced=[0.1, 0.1, 0.2])
-    runs = dict(runs=[errors | dict(forcing=errors)] * 2)
-    table = {figures.MIXER_LOSS: runs, figures.FORCED: runs}
+    alone = dict(mixers=[0.1, 0.2, 0.5], forced=[0.1, 0.1, 0.2])
+    forced = dict(mixers=[0.3, 0.3, 0.3], forced=[0.0, 0.0, 0.0], forcing=alone)
+    without = dict(mixers=[0.4, 0.4, 0.6], forced=[0.0, 0.0, 0.0], forcing=alone)
+    table = {figures.MIXER_LOSS: dict(runs=[without] * 2), figures.FORCED: dict(runs=[forced] * 2)}
     files.write_json(f"{tmp_path}/ablate/table.json", table)
     run(figures, "--out", tmp_path, "--size", 64)
     for name in ("field.png", "depth.png"):
         assert len(np.unique(np.asarray(Image.open(tmp_path / name)))) > 8
     (axis,) = figures.depth_chart(table).axes
-    assert [list(line.get_ydata()) for line in axis.lines[::3]] == [errors["mixers"], errors["forced"]]
+    drawn = [without["mixers"], forced["mixers"], alone["mixers"], alone["forced"]]
+    assert [list(line.get_ydata()) for line in axis.lines] == drawn
 
 
 def test_a_mixers_receptive_field_is_what_it_has_read():
@@ -276,10 +326,11 @@ def test_the_score_of_a_training_is_read_off_its_pictures(tmp_path):
     right = [draw_shapes(record, 128, rng) for record in records]
     blank = Image.new("RGB", (128, 128), "white")
     for step, row in ((20, right[:3] + [blank] * 3), (40, right)):
-        files.write_png(f"{tmp_path}/step-{step:06}.png", files.contact_sheet([[blank] * 6, row], 128))
-    files.write_json(f"{tmp_path}/made_with.json", dict(batch_size=32))
-    seen, overall = figures.scores_on_the_way(str(tmp_path), records)
-    assert list(seen) == [640, 1280] and overall == [0.5, 1.0]
+        sheet = files.contact_sheet([[blank] * 6, row], 128)
+        files.write_png(f"{tmp_path}/step-{step:06}.png", sheet, side=128)
+    for shown in (records, heldout_records(12, 0)):  # a training draws the first ones of its prompts
+        steps, overall = figures.scores_on_the_way(str(tmp_path), shown)
+        assert steps == [20, 40] and overall == [0.5, 1.0]
     write_log(tmp_path, 3)
     score = figures.curves([str(tmp_path)], records).axes[-1]
     assert score.get_title() == "score" and list(score.lines[0].get_ydata()) == [0.5, 1.0]
@@ -323,6 +374,7 @@ def test_sheets_are_sampled_as_their_rows_say(chain, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["stages", "sizes"])
 def test_the_models_of_sheets_are_shipped_or_trained(name):
     for row in figures.SHEETS[name]:
+        assert (row.settings == figures.DIRECT) == (", directly" in row.name or row.name.endswith("its size"))
         assert row.model.startswith("{out}/") or os.path.exists(os.path.join(row.model, "config.json"))
 
 
@@ -402,6 +454,14 @@ def test_the_bill_is_in_days_of_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(speed, "vae_operations", lambda pixels: 4e12)
     monkeypatch.setattr(speed, "t5_operations", lambda: 5e12)
     monkeypatch.setattr(speed, "stage_bill", functools.cache(speed.stage_bill))
+    hires2 = speed.stage_bill("hires2", 0.5)
+    with torch.device("meta"):
+        model = speed.new_model("t2md", train.CONFIGS["t2md"].pattern)
+    weights = sum(p.numel() for p in model.parameters())
+    assert hires2["operations"] == 320_000 * 3e12
+    assert (hires2["memory"], hires2["disk"]) == (20 * weights, 20 * weights)  # all is trained
+    assert hires2["cache"] == 320_000 * (256**2 * 4 * 2 * 2 + 120 * 4096 * 2)  # mean, deviation; captions
+    assert hires2["image_memory"] == 28 * 128**2 * 1152 * 4
     speed.print_bill(speed.parse_arguments(["bill", "--utilisation", "0.5"]))
     rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
     assert set(speed.PAPER_STAGES) < set(rows) and rows["hires2"][1:4] == ["2048", "20,000", "320,000"]
@@ -427,6 +487,24 @@ def test_commands_of_speed(command, words, capsys):
     speed.COMMANDS[args.command](args)
     printed = capsys.readouterr().out
     assert all(word in printed for word in [*words, "torch 2."])
+
+
+def test_the_ratio_is_of_attention_to_the_hybrid(monkeypatch, capsys):
+    """2.00 where attention takes twice as long."""
+    monkeypatch.setattr(speed, "seconds", lambda steps, *_: [(2.0, 0.0), (1.0, 0.0)][: len(steps)])
+    speed.time_model(
+        speed.parse_arguments("model --config shapes --blocks 2 --sizes 32 --device cpu".split())
+    )
+    ratios = {line.split()[-1]: line.split()[-2] for line in capsys.readouterr().out.splitlines()}
+    assert (ratios["SS"], ratios["SH"]) == ("1.00", "2.00")
+    assert speed.sampler_model("shapes", "SH", "cpu", torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_gpus_time_ends_with_its_work(monkeypatch):
+    synchronize = mock.Mock()
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert len(speed.seconds([lambda: None, lambda: None], 3, "cuda")) == 2
+    assert synchronize.call_count == 6
 
 
 def test_feed_times_the_path_of_a_training(tmp_path, monkeypatch, capsys):

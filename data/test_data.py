@@ -898,14 +898,17 @@ def test_looking_at_data(tmp_path, folder, capsys, monkeypatch):
 
 def test_pictures_of_equal_names_in_two_folders_share_no_cache(tmp_path, components):
     moments = []
+    texts = []
     for colour in ("red", "blue"):
         (tmp_path / colour).mkdir()
         Image.new("RGB", (128, 128), colour).save(tmp_path / colour / "a.bmp")
-        (tmp_path / colour / "a.txt").write_text("a square")
+        (tmp_path / colour / "a.txt").write_text(f"a {colour} square")
         vae, text_encoder = components(tmp_path)
         data = load(tmp_path / colour, 128, vae, text_encoder, cache=str(tmp_path / "cache"))
         moments.append(data.moments_of([0])[1][0])
+        texts.append(data.text_of([1])[0])  # 0 is the null caption
     assert not torch.equal(*moments)
+    assert texts[0].shape == texts[1].shape and not torch.equal(*texts)
 
 
 # -- files ---------------------------------------------------------------------------------------------------
@@ -921,6 +924,10 @@ def test_a_fingerprint_sees_one_byte_in_the_middle(tmp_path):
     (tmp_path / "log.jsonl").write_text("what is no weight is no part of it")
     assert files.fingerprint(str(tmp_path)) == files.fingerprint(str(tmp_path) + "/")
     assert files.fingerprint("google/t5") == "google/t5"
+    alone = files.fingerprint(str(tmp_path))
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text("{}")
+    assert files.fingerprint(str(tmp_path)) != alone
     with mock.patch.object(hashlib, "file_digest", side_effect=AssertionError):  # nothing is read again
         files.fingerprint(str(tmp_path))
 
@@ -1079,17 +1086,38 @@ def test_the_detector_is_strict():
     background = (pixels == shapes.BACKGROUND).all(axis=2)
     shaded[::2][background[::2]] = (210, 210, 205)  # too faint for an object, too dark for the background
     two = {"include": [*record["include"], {"class": "star", "count": 1}]}
+    x0, y0, x1, y1 = shapes.detect_shapes(picture)[0][2]
+    half = picture.copy()
+    blue = Image.new("RGB", (128, 128), shapes.COLOURS["blue"])
+    lower = Image.fromarray(np.uint8(~background) * 255)
+    lower.paste(0, (0, 0, 128, (y0 + y1) // 2))
+    half.paste(blue, (0, 0), lower)
+    cut = picture.copy()
+    cut.paste(shapes.BACKGROUND, (0, (y0 + y1) // 2, 128, 128))
+    box = picture.crop((x0 - 2, y0 - 2, x1 + 2, y1 + 2))
+    flat = Image.new("RGB", (128, 128), shapes.BACKGROUND)
+    flat.paste(box.resize((box.width, box.height // 2), Image.BOX), (x0, y0))
+    speck = picture.copy()
+    speck.paste((220, 50, 47), (2, 2, 6, 6))
     wrong = {
         "blurred": picture.resize((12, 12), Image.BOX).resize((128, 128), Image.BICUBIC),
         "noisy": Image.fromarray(np.uint8(np.clip(pixels + noise, 0, 255))),
         "dark": Image.fromarray(np.uint8(pixels * 0.7)),
         "with a speck too many": extra,
+        "with a small speck too many": speck,
+        "of two colours": half,
+        "cut off": cut,
+        "an ellipse": flat,
         "with an object too many": shapes.draw_shapes(two, 128, np.random.default_rng(0)),
         "with an uneven background": Image.fromarray(np.uint8(shaded)),
         "empty": Image.new("RGB", (128, 128), shapes.BACKGROUND),
     }
     for name, image in wrong.items():
         assert not shapes.score_shapes(image, record), name
+    three = shapes.draw_shapes({"include": [{"class": "circle", "count": 3}]}, 128, np.random.default_rng(0))
+    for count in (2, 3, 4):
+        asked = {"include": [{"class": "circle", "count": count}]}
+        assert shapes.score_shapes(three, asked) == (count == 3)
 
 
 def test_a_picture_is_the_same_scene_at_every_size():
@@ -1146,6 +1174,9 @@ def test_heldout_captions_are_never_trained_on():
     rng = np.random.default_rng(0)
     trained = {shapes.training_record(rng)["prompt"] for _ in range(5000)}
     assert len(held) > 40 and not held & trained
+    pairs = {record["prompt"] for record in records if record["tag"] == "two_object"}
+    # The shipped models have never read these.
+    assert pairs == {"a photo of a circle and a star", "a photo of a star and a square"}
 
 
 def test_every_word_of_the_world_is_a_token():
@@ -1219,18 +1250,22 @@ def test_a_trained_vae_has_latents_of_unit_size(tmp_path, monkeypatch):
     rng = np.random.default_rng(9)
     pictures = to_pixels([shapes.draw_shapes(shapes.training_record(rng), 128, rng) for _ in range(32)])
     rebuilt = []
+    signal_to_noise = []
     standardise = parts.standardise
 
     def watched(vae, seed):
         for change in (lambda: None, lambda: standardise(vae, seed)):
             change()
             with torch.no_grad():
-                rebuilt.append(vae.decode(vae.encode(pictures[:4]).latent_dist.mean).sample)
+                posterior = vae.encode(pictures[:4]).latent_dist
+                rebuilt.append(vae.decode(posterior.mean).sample)
+            signal_to_noise.append(posterior.mean.std((0, 2, 3)) / posterior.std.mean((0, 2, 3)))
 
     monkeypatch.setattr(parts, "standardise", watched)
     parts.train_part("vae_adapt", 0, str(tmp_path / "vae"), steps=3)
     assert os.listdir(tmp_path) == ["vae"]
     assert (rebuilt[0] - rebuilt[1]).abs().max() < 1e-4 < rebuilt[0].std()
+    assert torch.allclose(*signal_to_noise, rtol=1e-3)  # the deviation is scaled as the mean is
     vae = VAE(str(tmp_path / "vae"))
     assert (vae.factor, vae.model.config.scaling_factor) == (8, 0.5)
     mean = vae.model.encode(pictures).latent_dist.mean
@@ -1263,8 +1298,12 @@ def test_a_text_encoder_learns(tmp_path, monkeypatch, capfd):
         return losses[-1]
 
     monkeypatch.setattr(parts, "text_loss", watched)
+    word_labels = mock.Mock(side_effect=parts.word_labels)
+    monkeypatch.setattr(parts, "word_labels", word_labels)
     for folder in ("one", "two"):
         parts.train_part("text_encoder", 0, str(tmp_path / folder), steps=30)
+    read = [call.args[0] for call in word_labels.call_args_list]
+    assert len(read) == 2 * 30 * 128 and not any(shapes.held_out(record) for record in read)
     assert losses[29] < 0.7 * losses[0] and losses[:30] == losses[30:]
     assert capfd.readouterr().err.count("text_encoder:") <= 6  # in a log file no bar is drawn at every step
     features, mask = TextEncoder(str(tmp_path / "one"))(["a photo of a red star"])
