@@ -1097,6 +1097,10 @@ def test_the_detector_is_strict():
     box = picture.crop((x0 - 2, y0 - 2, x1 + 2, y1 + 2))
     flat = Image.new("RGB", (128, 128), shapes.BACKGROUND)
     flat.paste(box.resize((box.width, box.height // 2), Image.BOX), (x0, y0))
+    ring = picture.copy()
+    margin = (x1 - x0) // 5
+    hole = (x0 + margin, y0 + margin, x1 - margin, y1 - margin)
+    ImageDraw.Draw(ring).ellipse(hole, fill=shapes.BACKGROUND)
     speck = picture.copy()
     speck.paste((220, 50, 47), (2, 2, 6, 6))
     wrong = {
@@ -1107,6 +1111,7 @@ def test_the_detector_is_strict():
         "with a small speck too many": speck,
         "of two colours": half,
         "cut off": cut,
+        "a ring": ring,
         "an ellipse": flat,
         "with an object too many": shapes.draw_shapes(two, 128, np.random.default_rng(0)),
         "with an uneven background": Image.fromarray(np.uint8(shaded)),
