@@ -173,7 +173,7 @@ def generate(model, vae, text_encoder, prompts, size, seeds, progress=False, **g
 
     Both sides are multiples of vae.factor * patch_size.  given: entries of SamplerSettings.
 
-    Far above the model's start_size progressively, in pixel space (not in the paper; relatives: SDEdit,
+    Far above the trained size progressively, in pixel space (not in the paper; relatives: SDEdit,
     DiffuseHigh): make the picture at that size, then repeat: decode, enlarge, encode, add noise up to the
     timestep `renoise`, denoise. With `direct` or `upscale`, as in the paper: from noise at the full size.
     """
@@ -182,7 +182,7 @@ def generate(model, vae, text_encoder, prompts, size, seeds, progress=False, **g
     if settings.direct or settings.upscale > 1:
         sizes = [size]
     else:
-        known = (model.config.start_size or model.config.sample_size) * vae.factor
+        known = model.config.sample_size * vae.factor
         sizes = sizes_on_the_way(size, known, model.config.patch_size * vae.factor)
     start = None
     pixels = None

@@ -520,8 +520,7 @@ class T2MD(ModelMixin, ConfigMixin):
     Args that config.json carries for the sampler, and the network ignores:
         beta_schedule: "linear" (teacher) or "scaled_linear" (quadratic, after adaptation).
         guidance, guidance_interval: classifier-free guidance, and the timestep below which there is none.
-        start_size, renoise: latent side at which progressive sampling begins (sample_size if None), and the
-            timestep that it goes back to with an enlarged picture.
+        renoise: the timestep that progressive sampling goes back to with an enlarged picture.
         vae, text_encoder: what it was trained with: folder (relative to the checkpoint's own) or repository.
     """
 
@@ -543,7 +542,7 @@ class T2MD(ModelMixin, ConfigMixin):
         float32_attention=False, pos_embed="centered",
         sample_size=64, interpolation_scale=None, use_additional_conditions=None,
         # the sampler
-        beta_schedule="linear", guidance=4.5, guidance_interval=0, start_size=None, renoise=500,
+        beta_schedule="linear", guidance=4.5, guidance_interval=0, renoise=500,
         vae=None, text_encoder=None,
     ):
         # fmt: on

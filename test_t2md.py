@@ -1728,8 +1728,6 @@ def test_three_steps_of_each_stage_by_hand(chain, tmp_path, monkeypatch, stage):
     if train.SHAPES_SETTINGS[stage].new_lr:
         changed.update(new_lr=300.0)
     settings = dataclasses.replace(train.SHAPES_SETTINGS[stage], **changed)
-    if stage == "hires1":
-        settings = dataclasses.replace(settings, sizes={2: 0.8, 1: 0.2}, snr_weight=0.5)
     monkeypatch.setitem(train.SHAPES_SETTINGS, stage, settings)
     copy_parts(chain, tmp_path, "vae text_encoder vae_adapt text_encoder_adapt teacher forcing kd adapt")
     for seed, name in enumerate(("teacher", "forcing", "kd", "adapt")):  # no zero hides the caption

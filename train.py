@@ -162,20 +162,25 @@ SHAPES_SETTINGS = {
         ratios=SHAPES_RATIOS,
     ),
     "hires1": ShapesSettings(
-        steps=1200,
-        sizes={2: 0.2, 1: 0.8},  # half of the steps each: 128 px is not forgotten
-        timesteps=(640, 260),
+        steps=4250,
+        batch_size=64,
+        sizes={2: 0.8, 1: 0.2},  # the paper's shares
+        lr=4e-3,
+        decay=0.6,
+        snr_weight=0.5,
+        timesteps=(620, 250),
         ratios=SHAPES_RATIOS,
-        pictures=5_000,
-        sampler=dict(start_size=16, renoise=60),  # measured: claims/log.md
+        pictures=10_000,
+        sampler=dict(guidance_interval=561),  # the same SNR of a shape as 400 at base size
     ),
     "hires2": ShapesSettings(
         steps=4000,
-        batch_size=64,
-        sizes={4: 0.07, 2: 0.18, 1: 0.75},  # of the steps .43, .28 and .29
+        batch_size=128,
+        sizes={4: 1.0},
         snr_weight=0.5,
         ratios=SHAPES_RATIOS,
-        pictures=2_500,
+        pictures=5_000,
+        sampler=dict(guidance_interval=699),
     ),
 }
 
