@@ -142,11 +142,8 @@ def upsample_guidance(predict, z_t, t, noise, alphas_cumprod, m):
     """
     if t < 0.7 * len(alphas_cumprod):
         return noise
-    # Pooling averages the noise of m x m pixels: the result is as noisy as an image of m^2 times the SNR.
-    snr = alphas_cumprod / (1 - alphas_cumprod)
-    matched = (snr[: t + 1] - m**2 * snr[t]).abs().argmin()
-    power = alphas_cumprod[t] + (1 - alphas_cumprod[t]) / m**2  # of a pooled z_t, per element
-    small = predict(F.avg_pool2d(z_t, m) / power.sqrt(), matched)
+    pooled, matched = t2md.pool_noisy(z_t, t, alphas_cumprod, m)
+    small = predict(pooled, matched)
     return noise + F.interpolate(small / m - F.avg_pool2d(noise, m), scale_factor=m, mode="nearest")
 
 

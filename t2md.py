@@ -808,6 +808,39 @@ def kd_loss(student, teacher, z_t, t, text, mask, noise, soft_weight=0.5, mixer_
     return loss, dict(mse=mse.detach(), soft=soft.detach(), mixer=mixer.detach())
 
 
+def pool_noisy(z_t, t, alphas_cumprod, m):
+    """z_t and t at m times the side that a model knows -> what it knows: (b, c, height / m, width / m), t~.
+
+    z_t: (b, c, height, width).  t: one timestep, or (b,).
+    The mean over m x m latents averages the noise: the result is as noisy as an image of m^2 times the SNR.
+    From upsample guidance (2404.01709), as in DiM.
+    """
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    matched = (snr - m**2 * snr[t][..., None]).abs().argmin(-1)
+    power = alphas_cumprod[t] + (1 - alphas_cumprod[t]) / m**2  # of a pooled z_t, per element
+    return F.avg_pool2d(z_t, m) / power.sqrt().to(z_t.dtype).view(-1, 1, 1, 1), matched
+
+
+def pooled_loss(noise, smaller, schedule, m, z_t, t, text, mask, **conditions):
+    """Not the paper's: a prediction at m times the side, pooled, is held to what `smaller` predicts, (b,).
+
+    noise: what the larger model predicts, (b, c, height, width).  smaller: the model that it began as.
+    schedule: diffusers' scheduler of both.  conditions: `smaller`'s, see `size_conditions`.
+    The layout of a large picture is what `smaller` knows. Outlines it does not know: where the pooled picture
+    has little noise, nothing is asked.
+    """
+    unit = m * smaller.config.patch_size
+    rows = z_t.shape[2] // unit * unit
+    columns = z_t.shape[3] // unit * unit
+    alphas_cumprod = schedule.alphas_cumprod.to(z_t.device)
+    pooled, matched = pool_noisy(z_t[:, :, :rows, :columns], t, alphas_cumprod, m)
+    with torch.no_grad():
+        target = predict_noise(smaller, pooled, matched, text, mask, **conditions)
+    own = m * F.avg_pool2d(noise[:, :, :rows, :columns], m)  # of deviation 1, as a smaller picture's noise
+    errors = (upcast(own) - upcast(target)).square().mean(dim=(1, 2, 3))
+    return torch.where(matched >= 300, errors, 0.0)
+
+
 # ---------------------------------------------------------------------------------------------------
 # 6. From a teacher to a student
 # ---------------------------------------------------------------------------------------------------

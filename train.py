@@ -75,6 +75,7 @@ class Settings:
     ema: float = 0.9999  # as the paper; diffusers' EMAModel warms up to it in about 90,000 steps
     timesteps: tuple | None = None  # uniform; else mean, deviation of a normal distribution within [0, 1000)
     snr_weight: float = 0.0  # not the paper's: see `noise_weight`
+    pooled_weight: float = 0.0  # not the paper's: see `pooled_loss`
     translate: int = 0  # not the paper's: captions by which adapt first translates the new T5's features
     float32_attention: bool = True  # as PixArt trains; it matters only with --dtype bfloat16
     ratios: tuple | None = None  # height / width of the pictures: diffusers' buckets by name; None: all
@@ -174,12 +175,13 @@ SHAPES_SETTINGS = {
         sampler=dict(guidance_interval=561),  # the same SNR of a shape as 400 at base size
     ),
     "hires2": ShapesSettings(
-        steps=4000,
+        steps=8000,
         batch_size=128,
         sizes={4: 1.0},
         lr=2e-3,
         snr_weight=0.5,
         timesteps=(720, 220),  # the larger a picture, the later its layout is decided (SD3 2403.03206, 5.3.2)
+        pooled_weight=1.0,  # hires1 knows the layout; so it is learned from fewer pictures
         ratios=SHAPES_RATIOS,
         pictures=5_000,
         sampler=dict(guidance_interval=699),
@@ -475,7 +477,16 @@ def make_job(name, args, config, places, jobs):
 
 
 MAY_CHANGE = ("steps", "examples", "example_size", "save_every", "save_minutes")  # when a stage is continued
-OF_NAMED_STAGE = ("steps", "batch_size", "lr", "timesteps", "snr_weight", "examples", "example_size")
+OF_NAMED_STAGE = (
+    "steps",
+    "batch_size",
+    "lr",
+    "timesteps",
+    "snr_weight",
+    "pooled_weight",
+    "examples",
+    "example_size",
+)
 OF_EVERY_STAGE = ("save_every", "save_minutes")
 
 
@@ -532,6 +543,7 @@ def check_batch(name, settings):
 class Networks:
     model: T2MD  # what is trained
     teacher: T2MD | None  # frozen
+    smaller: T2MD | None  # what a hires stage starts from, frozen
     vae: VAE  # frozen
     text_encoder: TextEncoder  # frozen
     schedule: DDPMScheduler  # equation 1
@@ -556,7 +568,10 @@ def build(job):
     if job.teacher:
         attention = dict(float32_attention=job.settings.float32_attention)
         teacher = t2md.load_denoiser(job.teacher, job.device, **attention)
-    return Networks(model, teacher, vae, text_encoder, noise_schedule(model))
+    smaller = None
+    if job.settings.pooled_weight > 0 and job.growth > 1:
+        smaller = t2md.load_denoiser(job.start, job.device)
+    return Networks(model, teacher, smaller, vae, text_encoder, noise_schedule(model))
 
 
 def first_model(job, vae, text_encoder):
@@ -800,12 +815,21 @@ def loss_of(job, networks, batch, m=1):
     if job.stage.loss == "kd":
         weights = dict(soft_weight=job.soft_weight, mixer_weight=job.mixer_weight)
         return t2md.kd_loss(model, networks.teacher, noise=noise, **inputs, **weights)
-    # Equation 8, the diffusion loss; in the shapes world each image's error is weighed by its noise
+    # Equation 8, the diffusion loss; in the shapes world each image's error is weighed by its noise,
+    # and the stage at 512 px also asks the model that it starts from
     predicted = t2md.predict_noise(model, **inputs)
     mse = t2md.mse_loss(noise, predicted)
     weight = noise_weight(networks.schedule, t, m * job.settings.snr_weight)
     loss = (weight * (noise - t2md.upcast(predicted)).square()).mean()
-    return loss, dict(mse=mse.detach())
+    terms = dict(mse=mse.detach())
+    growth = job.growth * m // max(job.settings.sizes)  # the side of these images, beside the smaller model's
+    if networks.smaller is not None and growth > 1:
+        inputs.update(t2md.size_conditions(networks.smaller, height // growth, width // growth, len(t)))
+        errors = t2md.pooled_loss(predicted, networks.smaller, networks.schedule, growth, **inputs)
+        pooled = (weight.flatten() * errors).mean()
+        loss = loss + job.settings.pooled_weight * pooled
+        terms["pooled"] = pooled.detach()
+    return loss, terms
 
 
 def noise_weight(schedule, t, amplitude):
@@ -1175,6 +1199,7 @@ def parse_arguments(argv=None):
     add("--batch-size", type=int, help="images of base size per step, over all processes")
     add("--lr", type=float, help="peak learning rate")
     add("--timesteps", type=float, nargs=2, metavar=("MEAN", "DEVIATION"), help="t is normal, not uniform")
+    add("--pooled-weight", type=float, metavar="W", help="hires1, hires2: see `pooled_loss`; 0: without")
     add("--snr-weight", type=float, metavar="A", help="see `noise_weight`; 0: no weights")
     add("--vae", help="folder or repository of the VAE (default: its predecessor's, of adapt the config's)")
     add("--text-encoder", help="the same for the T5 encoder and its tokenizer")
