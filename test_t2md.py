@@ -1878,6 +1878,57 @@ def test_llama_copies_each_blocks_own_attention(tmp_path):
             assert torch.equal(copied, of_teacher.mixer.to_v.weight)
 
 
+def test_pooled_noise_is_what_a_smaller_picture_has():
+    """A smaller model that knows the noise agrees with the noise of the large picture, pooled; and where the
+    pooled picture has little noise nothing is asked."""
+    schedule = train.DDPMScheduler(1000, beta_start=1e-4, beta_end=2e-2, beta_schedule="scaled_linear")
+    t = torch.tensor([200, 500, 750, 950])
+    z0, noise, pool = torch.randn(4, 4, 16, 24), torch.randn(4, 4, 16, 24), torch.nn.functional.avg_pool2d
+    z_t, asked = schedule.add_noise(z0, noise, t), []
+
+    class Knows:
+        config = types.SimpleNamespace(patch_size=2)
+
+        def __call__(self, hidden_states, timestep, **others):
+            asked.append(timestep)
+            signal = schedule.alphas_cumprod[timestep].sqrt()[:, None, None, None]
+            return ((hidden_states - signal * pool(z0, 2)) / (1 - signal.square()).sqrt(),)
+
+    errors = t2md.pooled_loss(noise, Knows(), schedule, 2, z_t, t, torch.zeros(4, 1, 8), None)
+    assert errors[0] == 0.0 and asked[0][0] < 300
+    assert errors[1:].max() < 1e-4  # of 1: timesteps are whole numbers
+    other = t2md.pooled_loss(noise + 0.5, Knows(), schedule, 2, z_t, t, torch.zeros(4, 1, 8), None)
+    assert torch.allclose(other[1:], torch.tensor(1.0), atol=0.05)  # (2 x 0.5)^2
+
+
+def test_a_larger_pictures_layout_is_asked_of_the_model_it_starts_from(chain, tmp_path):
+    """hires2 of the shapes world, or by its flag: its start, frozen; batches of base size ask nothing."""
+    weights = {name: settings.pooled_weight for name, settings in train.SHAPES_SETTINGS.items()}
+    assert weights == {name: float(name == "hires2") for name in weights}
+    assert not any(settings.pooled_weight for settings in train.T2MD_SETTINGS.values())
+    copy_parts(chain, tmp_path, "vae_adapt text_encoder_adapt adapt")
+    job = jobs_of(f"--stage hires1 --pooled-weight 3 --out {tmp_path}")["hires1"]
+    networks = train.build(job)
+    shuffled(networks.model, 1)
+    start, x = t2md.load_backbone(f"{tmp_path}/adapt"), inputs(width=64)
+    assert relative(t2md.predict_noise(networks.smaller, **x), t2md.predict_noise(start, **x)) < 1e-4
+    assert not any(p.requires_grad for p in networks.smaller.parameters())
+    batch = dict(inputs(width=64), noise=torch.randn(2, 4, 16, 16), t=torch.tensor([900, 600]))
+    batch["z0"] = batch.pop("z_t")
+    assert list(train.loss_of(job, networks, batch, 1)[1]) == ["mse"]
+    loss, terms = train.loss_of(job, networks, batch, 2)
+    without = train.loss_of(job, dataclasses.replace(networks, smaller=None), batch, 2)[0]
+    assert terms["pooled"] > 0 and torch.isclose(loss, without + 3 * terms["pooled"], rtol=1e-5)
+    one = {name: tensor[:1] for name, tensor in batch.items()}
+    z_t = networks.schedule.add_noise(one["z0"], one["noise"], one["t"])
+    x = dict(t=one["t"], text=one["text"], mask=one["mask"])
+    noise = t2md.predict_noise(networks.model, z_t=z_t, **x)
+    error = t2md.pooled_loss(noise, networks.smaller, networks.schedule, 2, z_t=z_t, **x)
+    weight = float(train.noise_weight(networks.schedule, one["t"], 2 * job.settings.snr_weight))
+    pooled = train.loss_of(job, networks, one, 2)[1]["pooled"]
+    assert weight > 1 and float(pooled) == pytest.approx(weight * float(error), rel=1e-4)
+
+
 @pytest.mark.parametrize("float32", [False, True])
 def test_attention_in_float32_is_kept_out_of_autocast(monkeypatch, float32):
     """In self-attention, by the argument, in training alone; without autocast nothing is cast."""
