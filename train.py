@@ -564,13 +564,13 @@ def build(job):
     freeze_all_but(model, job.stage.trains)
     if job.config.checkpointing:
         model.enable_gradient_checkpointing()
+    attention = dict(float32_attention=job.settings.float32_attention)
     teacher = None
     if job.teacher:
-        attention = dict(float32_attention=job.settings.float32_attention)
         teacher = t2md.load_denoiser(job.teacher, job.device, **attention)
     smaller = None
     if job.settings.pooled_weight > 0 and job.growth > 1:
-        smaller = t2md.load_denoiser(job.start, job.device)
+        smaller = t2md.load_denoiser(job.start, job.device, **attention)
     return Networks(model, teacher, smaller, vae, text_encoder, noise_schedule(model))
 
 
