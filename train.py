@@ -74,6 +74,7 @@ class Settings:
     clip: float = 0.01  # gradient norm
     ema: float = 0.9999  # as the paper; diffusers' EMAModel warms up to it in about 90,000 steps
     timesteps: tuple | None = None  # uniform; else mean, deviation of a normal distribution within [0, 1000)
+    last_timesteps: tuple | None = None  # while the rate falls; None: the same
     snr_weight: float = 0.0  # not the paper's: see `noise_weight`
     pooled_weight: float = 0.0  # not the paper's: see `pooled_loss`
     translate: int = 0  # not the paper's: captions by which adapt first translates the new T5's features
@@ -181,6 +182,7 @@ SHAPES_SETTINGS = {
         lr=2e-3,
         snr_weight=0.5,
         timesteps=(720, 220),  # the larger a picture, the later its layout is decided (SD3 2403.03206, 5.3.2)
+        last_timesteps=(500, 280),  # outlines are learned from little noise
         pooled_weight=1.0,  # hires1 knows the layout; so it is learned from fewer pictures
         ratios=SHAPES_RATIOS,
         pictures=5_000,
@@ -509,6 +511,8 @@ def settings_with_flags(name, settings, flags, named, folder):
             changes[key] = flags[key]
     if "lr" in changes:  # it is for all modules
         changes["new_lr"] = None
+    if "timesteps" in changes:  # they are for the whole stage
+        changes["last_timesteps"] = None
     return dataclasses.replace(settings, **changes)
 
 
@@ -717,6 +721,13 @@ def batches(job, data, first):
             yield step, m, chosen
 
 
+def timesteps_at(step, settings):
+    """How the timesteps of a step are distributed: None for uniformly, or (mean, deviation)."""
+    if settings.last_timesteps and step >= (1 - settings.decay) * settings.steps:
+        return settings.last_timesteps
+    return settings.timesteps
+
+
 def load_batches(job, data, first):
     """Yield (m, images in the batch, this process's share of it as a list of micro-batches) of each step.
 
@@ -727,11 +738,12 @@ def load_batches(job, data, first):
     def make(step, m, chosen):
         mine = range(RANK, len(chosen), WORLD)
         size = job.micro_batch or len(mine)
+        timesteps = timesteps_at(step, job.settings)
         micro_batches = []
         for k in range(0, len(mine), size):
             some = mine[k : k + size]
             generators = [files.generator(job.seed, job.name, step, i) for i in some]
-            batch = data[m].batch([chosen[i] for i in some], generators, job.settings.timesteps)
+            batch = data[m].batch([chosen[i] for i in some], generators, timesteps)
             if job.device.startswith("cuda"):
                 batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
             micro_batches.append(batch)
