@@ -2440,7 +2440,9 @@ def test_previews_are_cheap_at_full_size(monkeypatch, tmp_path):
     data = {4: types.SimpleNamespace(rows=range(9), caption=lambda _: "a star")}
     vae = types.SimpleNamespace(factor=8)
     trained = T2MD(pattern="SHW", **TINY | dict(sample_size=256))
-    networks = train.Networks(model=trained, teacher=None, vae=vae, text_encoder=None, schedule=None)
+    networks = train.Networks(
+        model=trained, teacher=None, smaller=None, vae=vae, text_encoder=None, schedule=None
+    )
     for example_size, side in ((512, 512), (2048, 2048)):
         settings = dataclasses.replace(train.T2MD_SETTINGS["hires2"], example_size=example_size)
         job = types.SimpleNamespace(
