@@ -176,7 +176,7 @@ SHAPES_SETTINGS = {
         sampler=dict(guidance_interval=561),  # the same SNR of a shape as 400 at base size
     ),
     "hires2": ShapesSettings(
-        steps=8000,
+        steps=6000,
         batch_size=128,
         sizes={4: 1.0},
         lr=2e-3,
