@@ -257,6 +257,9 @@ SHEETS = {
     "sizes": [  # the paper's figure 5, and zero-shot sizes
         SheetRow("student_kd at 256 px, twice its size, directly", STUDENT_KD, "256", DIRECT),
         SheetRow("student_kd at 512 px, four times its size, directly", STUDENT_KD, "512", DIRECT),
+        SheetRow("student at 512 px, its size", STUDENT, "512", DIRECT),
+        SheetRow("student at 720 px, twice the area, directly", STUDENT, "720", DIRECT),
+        SheetRow("student at 960 x 544 px, twice the area, directly", STUDENT, "960x544", DIRECT),
         SheetRow("student at 1024 px, twice its size, directly", STUDENT, "1024", DIRECT),
         SheetRow("student at 1024 px, by upsample guidance", STUDENT, "1024", dict(upscale=2)),
         SheetRow("student at 1024 px, progressively", STUDENT, "1024"),
