@@ -717,7 +717,7 @@ def attention_mask(mask, dtype):
 
 
 # ---------------------------------------------------------------------------------------------------
-# 5. Losses. z_t (b, c, height, width); every loss is a scalar, a mean over elements
+# 5. Losses. z_t (b, c, height, width); squared norms are means over elements
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -808,6 +808,9 @@ def kd_loss(student, teacher, z_t, t, text, mask, noise, soft_weight=0.5, mixer_
     return loss, dict(mse=mse.detach(), soft=soft.detach(), mixer=mixer.detach())
 
 
+# -- Not the paper's: of the shapes world's hires2, and of upsample guidance --
+
+
 def pool_noisy(z_t, t, alphas_cumprod, m):
     """z_t and t at m times the side that a model knows -> what it knows: (b, c, height / m, width / m), t~.
 
@@ -818,11 +821,12 @@ def pool_noisy(z_t, t, alphas_cumprod, m):
     snr = alphas_cumprod / (1 - alphas_cumprod)
     matched = (snr - m**2 * snr[t][..., None]).abs().argmin(-1)
     power = alphas_cumprod[t] + (1 - alphas_cumprod[t]) / m**2  # of a pooled z_t, per element
-    return F.avg_pool2d(z_t, m) / power.sqrt().to(z_t.dtype).view(-1, 1, 1, 1), matched
+    deviation = power.sqrt().to(z_t).view(-1, 1, 1, 1)  # one for each image, or one for all
+    return F.avg_pool2d(z_t, m) / deviation, matched
 
 
 def pooled_loss(noise, smaller, schedule, m, z_t, t, text, mask, **conditions):
-    """Not the paper's: a prediction at m times the side, pooled, is held to what `smaller` predicts, (b,).
+    """The prediction at m times the side, pooled, is held to what `smaller` predicts: errors (b,).
 
     noise: what the larger model predicts, (b, c, height, width).  smaller: the model that it began as.
     schedule: diffusers' scheduler of both.  conditions: `smaller`'s, see `size_conditions`.
@@ -838,7 +842,8 @@ def pooled_loss(noise, smaller, schedule, m, z_t, t, text, mask, **conditions):
         target = predict_noise(smaller, pooled, matched, text, mask, **conditions)
     own = m * F.avg_pool2d(noise[:, :, :rows, :columns], m)  # of deviation 1, as a smaller picture's noise
     errors = (upcast(own) - upcast(target)).square().mean(dim=(1, 2, 3))
-    return torch.where(matched >= 300, errors, 0.0)
+    layout_is_open = matched >= 300
+    return torch.where(layout_is_open, errors, 0.0)
 
 
 # ---------------------------------------------------------------------------------------------------

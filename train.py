@@ -11,7 +11,7 @@
     kd        forcing       all token mixers          equation 11    1
     adapt     kd            everything                equation 8     1      (new embedding, schedule, VAE, T5)
     hires1    adapt         everything                equation 8     2 (80% of the images), 1 (20%)
-    hires2    hires1        everything                equation 8     4
+    hires2    hires1        everything                equation 8     4      (shapes: and `pooled_loss`)
 
 A stage starts from what OUT has; what OUT lacks is taken from what is shipped, or else trained first.
 Each stage writes OUT/STAGE: config.json and safetensors (EMA weights, what sample.py and diffusers load),
@@ -817,27 +817,28 @@ def loss_of(job, networks, batch, m=1):
     z_t = networks.schedule.add_noise(batch["z0"], noise, t)
     height = z_t.shape[2] * networks.vae.factor
     width = z_t.shape[3] * networks.vae.factor
+    inputs = dict(z_t=z_t, t=t, text=batch["text"], mask=batch["mask"])
     conditions = t2md.size_conditions(model, height, width, len(t))
-    inputs = dict(z_t=z_t, t=t, text=batch["text"], mask=batch["mask"], **conditions)
     # Equation 6, layer-level teacher forcing
     if job.stage.loss == "forcing":
-        loss = t2md.forcing_loss(model, networks.teacher, **inputs)
+        loss = t2md.forcing_loss(model, networks.teacher, **inputs, **conditions)
         return loss, dict(forcing=loss.detach())
     # Equation 11, feature knowledge distillation
     if job.stage.loss == "kd":
         weights = dict(soft_weight=job.soft_weight, mixer_weight=job.mixer_weight)
-        return t2md.kd_loss(model, networks.teacher, noise=noise, **inputs, **weights)
-    # Equation 8, the diffusion loss; in the shapes world each image's error is weighed by its noise,
-    # and the stage at 512 px also asks the model that it starts from
-    predicted = t2md.predict_noise(model, **inputs)
+        return t2md.kd_loss(model, networks.teacher, noise=noise, **weights, **inputs, **conditions)
+    # Equation 8, the diffusion loss; in the shapes world each image's error is weighed by its noise
+    predicted = t2md.predict_noise(model, **inputs, **conditions)
     mse = t2md.mse_loss(noise, predicted)
     weight = noise_weight(networks.schedule, t, m * job.settings.snr_weight)
     loss = (weight * (noise - t2md.upcast(predicted)).square()).mean()
     terms = dict(mse=mse.detach())
+    # hires2 of the shapes world: what does the model that it starts from predict for the pooled picture
+    smaller = networks.smaller
     growth = job.growth * m // max(job.settings.sizes)  # the side of these images, beside the smaller model's
-    if networks.smaller is not None and growth > 1:
-        inputs.update(t2md.size_conditions(networks.smaller, height // growth, width // growth, len(t)))
-        errors = t2md.pooled_loss(predicted, networks.smaller, networks.schedule, growth, **inputs)
+    if smaller is not None and growth > 1:
+        conditions = t2md.size_conditions(smaller, height // growth, width // growth, len(t))
+        errors = t2md.pooled_loss(predicted, smaller, networks.schedule, growth, **inputs, **conditions)
         pooled = (weight.flatten() * errors).mean()
         loss = loss + job.settings.pooled_weight * pooled
         terms["pooled"] = pooled.detach()

@@ -90,7 +90,14 @@ def field_sheet(model, vae, text_encoder, pixels, seed):
 
 
 # -- plots ---------------------------------------------------------------------------------------------------
-LOGGED = {"forcing", "mse", "soft", "mixer", "gradient"}  # what log.jsonl has of each step, and is drawn
+LOGGED = {
+    "forcing",
+    "mse",
+    "soft",
+    "mixer",
+    "pooled",
+    "gradient",
+}  # what log.jsonl has of each step, and is drawn
 
 
 def panels(count):
