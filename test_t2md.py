@@ -1747,8 +1747,10 @@ def test_training_tells_the_model_its_pictures_size(monkeypatch):
     monkeypatch.setattr(t2md, "predict_noise", noted_conditions)
     vae = types.SimpleNamespace(factor=8)
     schedule = train.noise_schedule(model)
-    networks = train.Networks(model=model, teacher=None, vae=vae, text_encoder=None, schedule=schedule)
-    job = types.SimpleNamespace(stage=train.STAGES["adapt"], settings=train.T2MD_SETTINGS["adapt"])
+    frozen = dict(teacher=None, smaller=None, vae=vae, text_encoder=None)
+    networks = train.Networks(model=model, schedule=schedule, **frozen)
+    stage = train.STAGES["adapt"]
+    job = types.SimpleNamespace(stage=stage, settings=train.T2MD_SETTINGS["adapt"], growth=1)
     batch = dict(inputs(size=(8, 12)), noise=torch.randn(2, 4, 8, 12))
     batch["z0"] = batch.pop("z_t")
     train.loss_of(job, networks, batch)
