@@ -812,7 +812,7 @@ def kd_loss(student, teacher, z_t, t, text, mask, noise, soft_weight=0.5, mixer_
 
 
 def pool_noisy(z_t, t, alphas_cumprod, m):
-    """z_t and t at m times the side that a model knows -> what it knows: (b, c, height / m, width / m), t~.
+    """Turn z_t and t at m times the side that a model knows into (b, c, height / m, width / m) and t~.
 
     z_t: (b, c, height, width).  t: one timestep, or (b,).
     The mean over m x m latents averages the noise: the result is as noisy as an image of m^2 times the SNR.
@@ -826,7 +826,7 @@ def pool_noisy(z_t, t, alphas_cumprod, m):
 
 
 def pooled_loss(noise, smaller, schedule, m, z_t, t, text, mask, **conditions):
-    """The prediction at m times the side, pooled, is held to what `smaller` predicts: errors (b,).
+    """Return how far a prediction at m times the side, pooled, is from what `smaller` predicts, (b,).
 
     noise: what the larger model predicts, (b, c, height, width).  smaller: the model that it began as.
     schedule: diffusers' scheduler of both.  conditions: `smaller`'s, see `size_conditions`.

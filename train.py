@@ -722,7 +722,7 @@ def batches(job, data, first):
 
 
 def timesteps_at(step, settings):
-    """How the timesteps of a step are distributed: None for uniformly, or (mean, deviation)."""
+    """Return how the timesteps of a step are distributed: None for uniformly, or (mean, deviation)."""
     if settings.last_timesteps and step >= (1 - settings.decay) * settings.steps:
         return settings.last_timesteps
     return settings.timesteps
