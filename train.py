@@ -176,7 +176,7 @@ SHAPES_SETTINGS = {
         sampler=dict(guidance_interval=561),  # the same SNR of a shape as 400 at base size
     ),
     "hires2": ShapesSettings(
-        steps=6000,
+        steps=5600,
         batch_size=128,
         sizes={4: 1.0},
         lr=2e-3,
