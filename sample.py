@@ -53,7 +53,7 @@ class SamplerSettings:
     steps: int = 20  # of DPM-Solver++
     negative: str = ""  # prompt of the unconditional branch
     upscale: int = 1  # upsample guidance, for so many times the trained size
-    direct: bool = False  # from noise at the full size, as the paper does; else progressively, see `generate`
+    direct: bool = False  # from noise at any size, as the paper does; else large sizes in turn: `generate`
     guidance: float = 4.5  # classifier-free guidance; at most 1: none
     guidance_interval: int = 0  # timestep below which there is no guidance (Kynkaanniemi et al. 2024)
     renoise: int = 500  # timestep up to which an enlarged picture is noised again

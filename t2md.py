@@ -30,7 +30,7 @@ width, n state size. A grid is (rows, columns) of tokens.
 
 Sections: 1 positional embeddings - 2 the state space recurrence (ssd_recurrence, ssd) - 3 token mixers -
 4 the backbone (T2MD) - 5 losses, equations 6 to 11 - 6 from a teacher to a student - 7 the frozen VAE and
-T5 - 8 loading - 9 optional kernels - 10 DiM's additions. The first six are the method.
+T5 - 8 loading - 9 optional kernels - 10 DiM's additions - 11 pooled pictures. The first six are the method.
 """
 
 import functools
@@ -808,44 +808,6 @@ def kd_loss(student, teacher, z_t, t, text, mask, noise, soft_weight=0.5, mixer_
     return loss, dict(mse=mse.detach(), soft=soft.detach(), mixer=mixer.detach())
 
 
-# -- Not the paper's: of the shapes world's hires2, and of upsample guidance --
-
-
-def pool_noisy(z_t, t, alphas_cumprod, m):
-    """Turn z_t and t at m times the side that a model knows into (b, c, height / m, width / m) and t~.
-
-    z_t: (b, c, height, width).  t: one timestep, or (b,).
-    The mean over m x m latents averages the noise: the result is as noisy as an image of m^2 times the SNR.
-    From upsample guidance (2404.01709), as in DiM.
-    """
-    snr = alphas_cumprod / (1 - alphas_cumprod)
-    matched = (snr - m**2 * snr[t][..., None]).abs().argmin(-1)
-    power = alphas_cumprod[t] + (1 - alphas_cumprod[t]) / m**2  # of a pooled z_t, per element
-    deviation = power.sqrt().to(z_t).view(-1, 1, 1, 1)  # one for each image, or one for all
-    return F.avg_pool2d(z_t, m) / deviation, matched
-
-
-def pooled_loss(noise, smaller, schedule, m, z_t, t, text, mask, **conditions):
-    """Return how far a prediction at m times the side, pooled, is from what `smaller` predicts, (b,).
-
-    noise: what the larger model predicts, (b, c, height, width).  smaller: the model that it began as.
-    schedule: diffusers' scheduler of both.  conditions: `smaller`'s, see `size_conditions`.
-    The layout of a large picture is what `smaller` knows. Outlines it does not know: where the pooled picture
-    has little noise, nothing is asked.
-    """
-    unit = m * smaller.config.patch_size
-    rows = z_t.shape[2] // unit * unit
-    columns = z_t.shape[3] // unit * unit
-    alphas_cumprod = schedule.alphas_cumprod.to(z_t.device)
-    pooled, matched = pool_noisy(z_t[:, :, :rows, :columns], t, alphas_cumprod, m)
-    with torch.no_grad():
-        target = predict_noise(smaller, pooled, matched, text, mask, **conditions)
-    own = m * F.avg_pool2d(noise[:, :, :rows, :columns], m)  # of deviation 1, as a smaller picture's noise
-    errors = (upcast(own) - upcast(target)).square().mean(dim=(1, 2, 3))
-    layout_is_open = matched >= 300
-    return torch.where(layout_is_open, errors, 0.0)
-
-
 # ---------------------------------------------------------------------------------------------------
 # 6. From a teacher to a student
 # ---------------------------------------------------------------------------------------------------
@@ -1401,3 +1363,45 @@ class DiM(T2MD):
             mixer_output = self.padding.remove(mixer_output, padded)
             unpadded.append((mixer_input, mixer_output))
         return sample, unpadded
+
+
+# ---------------------------------------------------------------------------------------------------
+# 11. Pooled pictures: upsample guidance, and a loss of the shapes world. Not in the paper
+# ---------------------------------------------------------------------------------------------------
+
+LAYOUT = 300  # timestep from which on a picture's layout is open; below it only outlines are
+
+
+def pool_noisy(z_t, t, alphas_cumprod, m):
+    """Return z_t, pooled to (b, c, height / m, width / m), and the timestep of a picture as noisy as that.
+
+    z_t: (b, c, height, width).  t: one timestep, or (b,).
+    The mean of m x m latents is about the smaller picture's latent, and it averages the noise. So its SNR is
+    m^2 times that of z_t. It is scaled to what the forward process makes of a smaller picture. From upsample
+    guidance (2404.01709), as in DiM.
+    """
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    matched = (snr - m**2 * snr[t][..., None]).abs().argmin(-1)
+    power = alphas_cumprod[t] + (1 - alphas_cumprod[t]) / m**2  # of a pooled z_t, per element
+    deviation = power.sqrt().to(z_t).view(-1, 1, 1, 1)  # one for each image, or one for all
+    return F.avg_pool2d(z_t, m) / deviation, matched
+
+
+def pooled_loss(predicted, smaller, schedule, m, z_t, t, text, mask, **conditions):
+    """Return how far predicted noise, pooled, is from what a model of the smaller size predicts, (b,).
+
+    predicted: noise in z_t, (b, c, height, width).  smaller: the model that training began with, frozen; its
+    side is height / m, and `conditions` are its own (see `size_conditions`).  schedule: diffusers', of both.
+    `smaller` knows where things are. Outlines of the larger size it does not know, so nothing is asked below
+    timestep LAYOUT of the pooled picture.
+    """
+    unit = m * smaller.config.patch_size
+    rows = z_t.shape[2] // unit * unit
+    columns = z_t.shape[3] // unit * unit
+    alphas_cumprod = schedule.alphas_cumprod.to(z_t.device)
+    pooled, matched = pool_noisy(z_t[:, :, :rows, :columns], t, alphas_cumprod, m)
+    with torch.no_grad():
+        target = predict_noise(smaller, pooled, matched, text, mask, **conditions)
+    own = m * F.avg_pool2d(upcast(predicted)[:, :, :rows, :columns], m)  # of deviation 1, as `target`
+    errors = (own - upcast(target)).square().mean(dim=(1, 2, 3))
+    return torch.where(matched >= LAYOUT, errors, 0.0)

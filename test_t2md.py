@@ -996,6 +996,11 @@ def test_no_float64_on_the_device(components):
     with NoFloat64():
         sample.denoise(model, text, mask, torch.randn(1, 4, 8, 8), enlarging)
         out = sample.denoise(model, text, mask, torch.randn(1, 4, 12, 8), renoising, start=picture)
+        z_t = torch.randn(2, 4, 16, 16, device="meta")
+        x = dict(z_t=z_t, t=torch.ones(2, device="meta").long(), text=text.to("meta"), mask=mask.to("meta"))
+        x.update(t2md.size_conditions(model, 64, 64, 2))
+        errors = t2md.pooled_loss(z_t, model, train.noise_schedule(model), 2, **x)
+    assert errors.is_meta and errors.shape == (2,)
     assert out.is_meta and out.shape == (1, 4, 12, 8)
     with pytest.raises(AssertionError), NoFloat64():
         torch.zeros(2, dtype=torch.float64).to("meta")
@@ -1317,13 +1322,14 @@ def test_the_last_part_of_a_stage_may_have_other_timesteps():
         def batch(self, chosen, generators, timesteps):
             return dict(timesteps=timesteps)
 
-    def seen(**changes):
+    def seen(first=0, **changes):
         settings = train.ShapesSettings(steps=10, decay=0.4, timesteps=(900, 10), **changes)
         job = types.SimpleNamespace(name="x", seed=0, settings=settings, micro_batch=None, device="cpu")
-        return [batches[0]["timesteps"] for _, _, batches in train.load_batches(job, {1: Data()}, 0)]
+        return [batches[0]["timesteps"] for _, _, batches in train.load_batches(job, {1: Data()}, first)]
 
     assert seen() == 10 * [(900, 10)]
     assert seen(last_timesteps=(100, 20)) == 6 * [(900, 10)] + 4 * [(100, 20)]
+    assert seen(first=7, last_timesteps=(100, 20)) == 3 * [(100, 20)]
     of_shapes = {name for name, settings in train.SHAPES_SETTINGS.items() if settings.last_timesteps}
     assert of_shapes == {"hires2"}
     assert not any(settings.last_timesteps for settings in train.T2MD_SETTINGS.values())
@@ -1796,39 +1802,58 @@ def test_llama_copies_each_blocks_own_attention(tmp_path):
 
 
 def test_pooled_noise_is_what_a_smaller_picture_has():
-    """A smaller model that knows the noise agrees with the noise of the large picture, pooled; and where the
-    pooled picture has little noise nothing is asked."""
+    """A smaller model that knows the noise agrees with the noise of the large picture, pooled.
+
+    It is asked with the same captions. Where the pooled picture has little noise nothing is asked, and at odd
+    sizes the last latents are left out.
+    """
     schedule = train.DDPMScheduler(1000, beta_start=1e-4, beta_end=2e-2, beta_schedule="scaled_linear")
-    t = torch.tensor([200, 500, 750, 950])
-    z0, noise, pool = torch.randn(4, 4, 16, 24), torch.randn(4, 4, 16, 24), torch.nn.functional.avg_pool2d
-    z_t, asked = schedule.add_noise(z0, noise, t), []
+    t = torch.tensor([400, 460, 500, 750, 950])  # pooled, the first two are as noisy as at t = 248 and 300
+    z0 = torch.randn(5, 4, 18, 26)
+    noise = torch.randn(5, 4, 18, 26, requires_grad=True)
+    z_t = schedule.add_noise(z0, noise, t).detach()
+    text = torch.randn(5, 1, 8)
+    mask = torch.ones(5, 1)
+    asked = []
 
     class Knows:
         config = types.SimpleNamespace(patch_size=2)
 
         def __call__(self, hidden_states, timestep, **others):
-            asked.append(timestep)
+            asked.append((timestep, hidden_states.shape))
+            assert others["encoder_hidden_states"] is text and others["encoder_attention_mask"] is mask
             signal = schedule.alphas_cumprod[timestep].sqrt()[:, None, None, None]
-            return ((hidden_states - signal * pool(z0, 2)) / (1 - signal.square()).sqrt(),)
+            pooled = torch.nn.functional.avg_pool2d(z0[:, :, :16, :24], 2)
+            return ((hidden_states - signal * pooled) / (1 - signal.square()).sqrt(),)
 
-    errors = t2md.pooled_loss(noise, Knows(), schedule, 2, z_t, t, torch.zeros(4, 1, 8), None)
-    assert errors[0] == 0.0 and asked[0][0] < 300
+    errors = t2md.pooled_loss(noise, Knows(), schedule, 2, z_t, t, text, mask)
+    timesteps, shape = asked[0]
+    assert timesteps[0] == 248 and timesteps[1] == 300 and shape == (5, 4, 8, 12)
+    assert errors[0] == 0.0
     assert errors[1:].max() < 1e-4  # of 1: timesteps are whole numbers
-    other = t2md.pooled_loss(noise + 0.5, Knows(), schedule, 2, z_t, t, torch.zeros(4, 1, 8), None)
-    assert torch.allclose(other[1:], torch.tensor(1.0), atol=0.05)  # (2 x 0.5)^2
+    other = t2md.pooled_loss(noise + 0.5, Knows(), schedule, 2, z_t, t, text, mask)
+    assert other[0] == 0.0 and torch.allclose(other[1:], torch.tensor(1.0), atol=0.05)  # (2 x 0.5)^2
+    other.sum().backward()
+    assert not noise.grad[0].any() and noise.grad[1:, :, :16, :24].all()
 
 
 def test_a_larger_pictures_layout_is_asked_of_the_model_it_starts_from(chain, tmp_path):
-    """hires2 of the shapes world, or by its flag: its start, frozen; batches of base size ask nothing."""
+    """The shapes world's hires2 does so, and hires1 by the flag. The smaller model is frozen. Batches of base
+    size ask nothing."""
     weights = {name: settings.pooled_weight for name, settings in train.SHAPES_SETTINGS.items()}
-    assert weights == {name: float(name == "hires2") for name in weights}
+    assert weights == {name: 1.0 if name == "hires2" else None for name in weights}
     assert not any(settings.pooled_weight for settings in train.T2MD_SETTINGS.values())
+    assert all(entry["pooled"] > 0 for entry in read_log(f"{chain}/hires2"))
     copy_parts(chain, tmp_path, "vae_adapt text_encoder_adapt adapt")
     job = jobs_of(f"--stage hires1 --pooled-weight 3 --out {tmp_path}")["hires1"]
+    settings = dataclasses.replace(job.settings, float32_attention=True)
+    job = dataclasses.replace(job, settings=settings)
     networks = train.build(job)
     shuffled(networks.model, 1)
-    start, x = t2md.load_backbone(f"{tmp_path}/adapt"), inputs(width=64)
+    start = t2md.load_backbone(f"{tmp_path}/adapt")
+    x = inputs(width=64)
     assert relative(t2md.predict_noise(networks.smaller, **x), t2md.predict_noise(start, **x)) < 1e-4
+    assert networks.smaller.config.float32_attention
     assert not any(p.requires_grad for p in networks.smaller.parameters())
     batch = dict(inputs(width=64), noise=torch.randn(2, 4, 16, 16), t=torch.tensor([900, 600]))
     batch["z0"] = batch.pop("z_t")
@@ -1836,14 +1861,33 @@ def test_a_larger_pictures_layout_is_asked_of_the_model_it_starts_from(chain, tm
     loss, terms = train.loss_of(job, networks, batch, 2)
     without = train.loss_of(job, dataclasses.replace(networks, smaller=None), batch, 2)[0]
     assert terms["pooled"] > 0 and torch.isclose(loss, without + 3 * terms["pooled"], rtol=1e-5)
+    # By hand; and in hires2, whose images are twice as large as hires1's and four times the base size.
     one = {name: tensor[:1] for name, tensor in batch.items()}
     z_t = networks.schedule.add_noise(one["z0"], one["noise"], one["t"])
     x = dict(t=one["t"], text=one["text"], mask=one["mask"])
-    noise = t2md.predict_noise(networks.model, z_t=z_t, **x)
-    error = t2md.pooled_loss(noise, networks.smaller, networks.schedule, 2, z_t=z_t, **x)
-    weight = float(train.noise_weight(networks.schedule, one["t"], 2 * job.settings.snr_weight))
-    pooled = train.loss_of(job, networks, one, 2)[1]["pooled"]
-    assert weight > 1 and float(pooled) == pytest.approx(weight * float(error), rel=1e-4)
+    predicted = t2md.predict_noise(networks.model, z_t=z_t, **x)
+    error = t2md.pooled_loss(predicted, networks.smaller, networks.schedule, 2, z_t=z_t, **x)
+    hires2 = dataclasses.replace(job, settings=dataclasses.replace(settings, sizes={4: 1.0}))
+    for stage, m in ((job, 2), (hires2, 4)):
+        weight = float(train.noise_weight(networks.schedule, one["t"], m * settings.snr_weight))
+        pooled = train.loss_of(stage, networks, one, m)[1]["pooled"]
+        assert weight > 1 and float(pooled) == pytest.approx(weight * error.item(), rel=1e-4)
+
+
+def test_the_smaller_model_is_told_the_smaller_size(monkeypatch):
+    """If it is conditioned on the size in pixels, as PixArt's 1024 px model is."""
+    told = []
+    monkeypatch.setattr(t2md, "pooled_loss", lambda *_, **inputs: told.append(inputs) or torch.zeros(2))
+    model = T2MD(pattern="S", **TINY)
+    smaller = T2MD(pattern="S", **TINY, use_additional_conditions=True)
+    schedule = train.noise_schedule(model)
+    networks = train.Networks(model, None, smaller, types.SimpleNamespace(factor=8), None, schedule)
+    settings = dataclasses.replace(train.SHAPES_SETTINGS["hires2"], sizes={2: 1.0})
+    job = types.SimpleNamespace(stage=train.STAGES["hires2"], settings=settings, growth=2)
+    batch = dict(inputs(), noise=torch.randn(2, 4, 16, 16), t=torch.tensor([900, 600]))
+    batch["z0"] = batch.pop("z_t")
+    train.loss_of(job, networks, batch, 2)
+    assert told[0]["resolution"].tolist() == [[64.0, 64.0], [64.0, 64.0]]
 
 
 @pytest.mark.parametrize("float32", [False, True])

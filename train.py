@@ -11,7 +11,7 @@
     kd        forcing       all token mixers          equation 11    1
     adapt     kd            everything                equation 8     1      (new embedding, schedule, VAE, T5)
     hires1    adapt         everything                equation 8     2 (80% of the images), 1 (20%)
-    hires2    hires1        everything                equation 8     4      (shapes: and `pooled_loss`)
+    hires2    hires1        everything                equation 8     4      (shapes: and pooled_loss)
 
 A stage starts from what OUT has; what OUT lacks is taken from what is shipped, or else trained first.
 Each stage writes OUT/STAGE: config.json and safetensors (EMA weights, what sample.py and diffusers load),
@@ -76,7 +76,7 @@ class Settings:
     timesteps: tuple | None = None  # uniform; else mean, deviation of a normal distribution within [0, 1000)
     last_timesteps: tuple | None = None  # while the rate falls; None: the same
     snr_weight: float = 0.0  # not the paper's: see `noise_weight`
-    pooled_weight: float = 0.0  # not the paper's: see `pooled_loss`
+    pooled_weight: float | None = None  # not the paper's: see `t2md.pooled_loss`
     translate: int = 0  # not the paper's: captions by which adapt first translates the new T5's features
     float32_attention: bool = True  # as PixArt trains; it matters only with --dtype bfloat16
     ratios: tuple | None = None  # height / width of the pictures: diffusers' buckets by name; None: all
@@ -167,7 +167,7 @@ SHAPES_SETTINGS = {
         steps=5000,
         batch_size=64,
         sizes={2: 0.8, 1: 0.2},  # the paper's shares
-        lr=2e-3,  # at twice that, .64 at 256 px in place of .81
+        lr=2e-3,  # 4e-3 forgets what adapt has learned: claims/log.md
         decay=0.6,
         snr_weight=0.5,
         timesteps=(620, 250),
@@ -186,7 +186,7 @@ SHAPES_SETTINGS = {
         pooled_weight=1.0,  # hires1 knows the layout; so it is learned from fewer pictures
         ratios=SHAPES_RATIOS,
         pictures=5_000,
-        sampler=dict(guidance_interval=699),
+        sampler=dict(guidance_interval=699),  # again the same SNR of a shape
     ),
 }
 
@@ -573,7 +573,7 @@ def build(job):
     if job.teacher:
         teacher = t2md.load_denoiser(job.teacher, job.device, **attention)
     smaller = None
-    if job.settings.pooled_weight > 0 and job.growth > 1:
+    if job.settings.pooled_weight and job.growth > 1:
         smaller = t2md.load_denoiser(job.start, job.device, **attention)
     return Networks(model, teacher, smaller, vae, text_encoder, noise_schedule(model))
 
@@ -833,12 +833,12 @@ def loss_of(job, networks, batch, m=1):
     weight = noise_weight(networks.schedule, t, m * job.settings.snr_weight)
     loss = (weight * (noise - t2md.upcast(predicted)).square()).mean()
     terms = dict(mse=mse.detach())
-    # hires2 of the shapes world: what does the model that it starts from predict for the pooled picture
+    # Not in the paper: what does the model that hires2 starts from predict for the pooled picture
     smaller = networks.smaller
     growth = job.growth * m // max(job.settings.sizes)  # the side of these images, beside the smaller model's
     if smaller is not None and growth > 1:
-        conditions = t2md.size_conditions(smaller, height // growth, width // growth, len(t))
-        errors = t2md.pooled_loss(predicted, smaller, networks.schedule, growth, **inputs, **conditions)
+        of_smaller = t2md.size_conditions(smaller, height // growth, width // growth, len(t))
+        errors = t2md.pooled_loss(predicted, smaller, networks.schedule, growth, **inputs, **of_smaller)
         pooled = (weight.flatten() * errors).mean()
         loss = loss + job.settings.pooled_weight * pooled
         terms["pooled"] = pooled.detach()
@@ -1212,7 +1212,7 @@ def parse_arguments(argv=None):
     add("--batch-size", type=int, help="images of base size per step, over all processes")
     add("--lr", type=float, help="peak learning rate")
     add("--timesteps", type=float, nargs=2, metavar=("MEAN", "DEVIATION"), help="t is normal, not uniform")
-    add("--pooled-weight", type=float, metavar="W", help="hires1, hires2: see `pooled_loss`; 0: without")
+    add("--pooled-weight", type=float, metavar="W", help="hires1, hires2: see `t2md.pooled_loss`; 0: none")
     add("--snr-weight", type=float, metavar="A", help="see `noise_weight`; 0: no weights")
     add("--vae", help="folder or repository of the VAE (default: its predecessor's, of adapt the config's)")
     add("--text-encoder", help="the same for the T5 encoder and its tokenizer")

@@ -90,14 +90,8 @@ def field_sheet(model, vae, text_encoder, pixels, seed):
 
 
 # -- plots ---------------------------------------------------------------------------------------------------
-LOGGED = {
-    "forcing",
-    "mse",
-    "soft",
-    "mixer",
-    "pooled",
-    "gradient",
-}  # what log.jsonl has of each step, and is drawn
+# What log.jsonl has of each step, and is drawn.
+LOGGED = {"forcing", "mse", "soft", "mixer", "pooled", "gradient"}
 
 
 def panels(count):
