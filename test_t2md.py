@@ -1413,7 +1413,8 @@ def test_smaller_pictures_are_more(tmp_path, monkeypatch):
     job = jobs_of(f"--stage hires1 --steps 1000000 --out {tmp_path}")["hires1"]
     model = types.SimpleNamespace(config=types.SimpleNamespace(sample_size=32, patch_size=2))
     train.open_data(job, mock.Mock(model=model, vae=types.SimpleNamespace(factor=8)))
-    assert asked == [(256, 10_000), (128, 20_000)]
+    pictures = train.SHAPES_SETTINGS["hires1"].pictures
+    assert asked == [(256, pictures), (128, 2 * pictures)]
 
 
 def test_the_last_part_of_a_stage_may_have_other_timesteps():

@@ -186,7 +186,10 @@ SHAPES_SETTINGS = {
         pooled_weight=1.0,  # hires1 knows the layout; so it is learned from fewer pictures
         ratios=SHAPES_RATIOS,
         pictures=5_000,
-        sampler=dict(guidance_interval=699),  # again the same SNR of a shape
+        sampler=dict(
+            guidance_interval=699,  # again the same SNR of a shape
+            renoise=60,  # more noise, more wrong above 512 px: claims/log.md
+        ),
     ),
 }
 
