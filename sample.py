@@ -48,7 +48,7 @@ SHIPPED = os.path.join(HERE, "assets", "student")
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How a picture is sampled. The last three are the checkpoint's own unless they are given."""
+    """How a picture is sampled. The last four are the checkpoint's own unless they are given."""
 
     steps: int = 20  # of DPM-Solver++
     negative: str = ""  # prompt of the unconditional branch
@@ -57,11 +57,15 @@ class SamplerSettings:
     guidance: float = 4.5  # classifier-free guidance; at most 1: none
     guidance_interval: int = 0  # timestep below which there is no guidance (Kynkaanniemi et al. 2024)
     renoise: int = 500  # timestep up to which an enlarged picture is noised again
+    timestep_shift: float = 1.0  # above 1, more of the steps at much noise: `set_timesteps`
+
+
+CHECKPOINTS_OWN = ("guidance", "guidance_interval", "renoise", "timestep_shift")
 
 
 def sampler_settings(model, **given):
     """Return a model's SamplerSettings: what is `given` and not None, then what its config.json says."""
-    settings = {name: model.config[name] for name in ("guidance", "guidance_interval", "renoise")}
+    settings = {name: model.config[name] for name in CHECKPOINTS_OWN}
     for name, value in given.items():
         if value is not None:
             settings[name] = value
@@ -80,7 +84,8 @@ def denoise(model, text, mask, noise, settings, pixels_per_latent=8, start=None,
     """
     # 1. The scheduler: the timesteps, and how one is left for the next.
     scheduler = make_scheduler(model.config.beta_schedule)
-    scheduler.set_timesteps(settings.steps)
+    shift = settings.timestep_shift if start is None else 1.0  # an enlarged picture has its layout
+    set_timesteps(scheduler, settings.steps, shift)
     timesteps = scheduler.timesteps
     latents = noise
     if start is not None:
@@ -108,6 +113,19 @@ def denoise(model, text, mask, noise, settings, pixels_per_latent=8, start=None,
 def make_scheduler(beta_schedule):
     """Return diffusers' DPM-Solver++ (2M) on the 1000-step noise schedule of the model's training."""
     return DPMSolverMultistepScheduler(**t2md.SCHEDULE, beta_schedule=beta_schedule)
+
+
+def set_timesteps(scheduler, steps, shift):
+    """Set diffusers' even timesteps, each u = t / 999 moved up to shift u / (1 + (shift - 1) u).
+
+    The larger a picture, the more noise its layout outlasts, so the more steps belong there (SD3 2403.03206,
+    section 5.3.2). A shift of 1 moves nothing.
+    """
+    scheduler.set_timesteps(steps)
+    even = scheduler.timesteps.double() / 999
+    shifted = shift * even / (1 + (shift - 1) * even)
+    timesteps = (999 * shifted).round().long().unique().flip(0)  # many steps, much shifted, can coincide
+    scheduler.set_timesteps(timesteps=timesteps.tolist())
 
 
 def first_step(timesteps, renoise):
@@ -293,9 +311,13 @@ def export(checkpoint, folder, **overrides):
     )
     pipeline.save_pretrained(folder)
     pixels = side * vae.factor
-    size = f"height={pixels}, width={pixels}, use_resolution_binning=False"
+    flags = f"height={pixels}, width={pixels}, use_resolution_binning=False"
+    flags += f", guidance_scale={model.config.guidance}"
+    if model.config.timestep_shift != 1:  # diffusers' scheduler has no such shift for this kind of noise
+        set_timesteps(pipeline.scheduler, 20, model.config.timestep_shift)
+        flags += f", timesteps={pipeline.scheduler.timesteps.tolist()}"
     load_it = f'DiffusionPipeline.from_pretrained("{folder}", trust_remote_code=True)'
-    print(f'{load_it}("a photo of a star", {size}, guidance_scale={model.config.guidance}).images[0]')
+    print(f'{load_it}("a photo of a star", {flags}).images[0]')
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -382,6 +404,12 @@ def parse_arguments(argv=None):
     add("--guidance-interval", type=int, metavar="T", help="timestep below which there is no guidance")
     add("--direct", action="store_true", help="sample large sizes from noise at once, as the paper does")
     add("--renoise", type=int, metavar="T", help="timestep up to which an enlarged picture is noised again")
+    add(
+        "--timestep-shift",
+        type=float,
+        metavar="S",
+        help="above 1, more of the steps at much noise, as in SD3",
+    )
     add("--upscale", type=int, default=1, metavar="M", help="upsample guidance, for M times the trained size")
     add("--negative", default="", help="prompt of the unconditional branch")
     add("--out", default="samples", help="folder for the images")
@@ -394,6 +422,8 @@ def parse_arguments(argv=None):
         parser.error("the prompt is empty")
     if min(args.n, args.steps, args.upscale) < 1 or args.steps > 999:
         parser.error("--n, --steps and --upscale must be at least 1, --steps at most 999")
+    if args.timestep_shift is not None and args.timestep_shift <= 0:
+        parser.error("--timestep-shift must be above 0; 1 spaces the steps evenly")
     return args
 
 

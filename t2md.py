@@ -521,6 +521,7 @@ class T2MD(ModelMixin, ConfigMixin):
         beta_schedule: "linear" (teacher) or "scaled_linear" (quadratic, after adaptation).
         guidance, guidance_interval: classifier-free guidance, and the timestep below which there is none.
         renoise: the timestep that progressive sampling goes back to with an enlarged picture.
+        timestep_shift: how far the sampler's steps are moved up to much noise; 1: evenly spaced.
         vae, text_encoder: what it was trained with: folder (relative to the checkpoint's own) or repository.
     """
 
@@ -542,7 +543,7 @@ class T2MD(ModelMixin, ConfigMixin):
         float32_attention=False, pos_embed="centered",
         sample_size=64, interpolation_scale=None, use_additional_conditions=None,
         # the sampler
-        beta_schedule="linear", guidance=4.5, guidance_interval=0, renoise=500,
+        beta_schedule="linear", guidance=4.5, guidance_interval=0, renoise=500, timestep_shift=1.0,
         vae=None, text_encoder=None,
     ):
         # fmt: on

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import resource
 import runpy
 import shutil
@@ -42,7 +43,12 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from diffusers import AutoencoderKL, PixArtAlphaPipeline, PixArtTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+)
 from PIL import Image
 from torch.distributed.run import parse_args as torchrun
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -881,6 +887,21 @@ def grid_of(beta_schedule, steps):
     return scheduler.timesteps.tolist()
 
 
+def test_timesteps_are_diffusers_or_moved_up_as_by_its_scheduler_for_sd3():
+    """All different, however many there are, so that the solver divides by no zero."""
+    ours = sample.make_scheduler("scaled_linear")
+    for steps in (1, 7, 20, 26, 999):
+        sample.set_timesteps(ours, steps, 1)
+        assert ours.timesteps.tolist() == grid_of("scaled_linear", steps)
+    for shift in (0.5, 1.8, 3.35):
+        sample.set_timesteps(ours, 20, shift)
+        sd3 = FlowMatchEulerDiscreteScheduler(shift=shift)
+        sd3.set_timesteps(sigmas=[t / 999 for t in grid_of("scaled_linear", 20)])
+        assert ours.timesteps.tolist() == [round(999 * float(sigma)) for sigma in sd3.sigmas[:-1]]
+    sample.set_timesteps(ours, 999, 3.35)
+    assert (ours.timesteps.diff() < 0).all() and ours.timesteps[0] == 999
+
+
 def test_guidance_in_an_interval(components, passes):
     """Below it the model sees b rows, not 2b; and each step is the guided or the plain one."""
     torch.manual_seed(0)
@@ -1019,6 +1040,10 @@ def test_progressive_sampling(checkpoint, passes, monkeypatch):
     passes.clear()
     generate(["a star"], (256, 256), [3], steps=10, direct=True, guidance=2.0, guidance_interval=0)
     assert passes == [(2, 32, t) for t in timesteps]
+    passes.clear()
+    generate(["a star"], (128, 128), [3], steps=10, guidance=1.0, timestep_shift=3)
+    moved = [round(999 * 3 * t / (999 + 2 * t)) for t in timesteps]  # of what has no layout yet
+    assert passes == [(1, 8, t) for t in moved] + [(1, 16, t) for t in later]
     (wide,) = generate(["a star"], (256, 128), [3], steps=2)
     assert wide.size == (256, 128)
     with pytest.raises(ValueError):
@@ -1054,31 +1079,39 @@ def test_no_float64_on_the_device(components):
 
 
 PIPELINE = """
-import sys, torch, diffusers
-for folder, picture in zip(sys.argv[1::2], sys.argv[2::2]):
+import json, sys, torch, diffusers
+for folder, picture, steps in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3]):
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     noise = torch.randn(1, 4, 16, 12, generator=torch.Generator().manual_seed(5))
-    flags = dict(height=128, width=96, use_resolution_binning=False, num_inference_steps=3, latents=noise)
+    flags = dict(height=128, width=96, use_resolution_binning=False, latents=noise)
+    flags.update(json.loads(steps))
     pipe("a photo of a Star " * 40, clean_caption=False, **flags).images[0].save(picture)
 """
 
 
 def test_an_exported_pipeline_gives_the_same_image_anywhere(components, tmp_path):
     """By diffusers alone, in a folder and a process that know nothing of this repository: of a model trained
-    at 2048 px, and of one that is told the size; a caption longer than was trained is cut where ours is."""
+    at 2048 px, and of one that is told the size; a caption longer than was trained is cut where ours is.
+    Timesteps that are moved up are in the line that is printed."""
     shutil.copytree(components, tmp_path / "parts")
     models = [tmp_path / "plain", tmp_path / "conditioned"]
     elsewhere = tmp_path / "elsewhere"
-    for model, conditioned in zip(models, (False, True)):
-        flags = dict(use_additional_conditions=conditioned, beta_schedule="scaled_linear")
+    arguments = []
+    for model, conditioned, shift in zip(models, (False, True), (1, 3)):
+        flags = dict(
+            use_additional_conditions=conditioned, beta_schedule="scaled_linear", timestep_shift=shift
+        )
         save_model(model, sample_size=256, interpolation_scale=3, **flags)
         result = call("sample.py", "--export", elsewhere / model.name, "--model", model)
         assert "height=2048, width=2048, use_resolution_binning=False" in result.stdout, result.stderr
-    arguments = [name for model in models for name in (f"./{model.name}", f"{model.name}.png")]
+        timesteps = re.search(r", timesteps=(\[.*?\])\)", result.stdout)
+        assert (timesteps is None) == (shift == 1)
+        steps = dict(timesteps=json.loads(timesteps[1])) if timesteps else dict(num_inference_steps=20)
+        arguments += [f"./{model.name}", f"{model.name}.png", json.dumps(steps)]
     environment = os.environ | dict(PYTHONPATH="", HF_HOME=str(tmp_path / "cache"), HF_HUB_OFFLINE="1")
     subprocess.run([sys.executable, "-c", PIPELINE, *arguments], cwd=elsewhere, env=environment, check=True)
     for model in models:
-        (here,) = sample.load(str(model))(["a photo of a Star " * 40], (96, 128), [5], steps=3, direct=True)
+        (here,) = sample.load(str(model))(["a photo of a Star " * 40], (96, 128), [5], direct=True)
         there = np.asarray(Image.open(elsewhere / f"{model.name}.png"), float)
         assert np.abs(there - np.asarray(here, float)).max() <= 1
         flags = ["--model", elsewhere / model.name, "--steps", 1, "--size", 64, "--out", tmp_path]

@@ -11,6 +11,7 @@ of pictures for each; fails.png, up to six pictures of the last row that are wro
 """
 
 import argparse
+import dataclasses
 import itertools
 import os
 from dataclasses import dataclass
@@ -164,6 +165,7 @@ def parse_arguments(argv=None):
     add("--guidance-interval", nargs="+", type=int, metavar="T", help="no guidance below this timestep")
     add("--direct", action="store_true", help="sample large sizes from noise at once, as the paper does")
     add("--renoise", type=int, metavar="T", help="of progressive sampling, see sample.py")
+    add("--timestep-shift", type=float, metavar="S", help="of the solver's steps, see sample.py")
     add("--upscale", type=int, default=1, metavar="M", help="upsample guidance, at M times a known size")
     return parser.parse_args(argv)
 
@@ -209,24 +211,22 @@ def run(args):
         guidances = args.guidance or [model.config.guidance]
         intervals = args.guidance_interval or [model.config.guidance_interval]
         for size, guidance, interval in itertools.product(sizes, guidances, intervals):
-            images = sample.generate_all(
+            settings = sample.sampler_settings(
                 model,
-                vae,
-                text_encoder,
-                prompts,
-                sample.parse_size(size, multiple),
-                args.seed,
                 guidance=guidance,
                 guidance_interval=interval,
                 direct=args.direct,
                 renoise=args.renoise,
+                timestep_shift=args.timestep_shift,
                 upscale=args.upscale,
             )
+            settings = dataclasses.asdict(settings)
+            pixels = sample.parse_size(size, multiple)
+            images = sample.generate_all(model, vae, text_encoder, prompts, pixels, args.seed, **settings)
             verdicts = [judge(image, record) for image, record in zip(images, records, strict=True)]
             scores = summarise(verdicts)
-            made = dict(model=folder, size=size, guidance=guidance, guidance_interval=interval)
-            made.update(seed=args.seed, records=len(records), direct=args.direct, upscale=args.upscale)
-            results.append({**made, **scores})
+            made = dict(model=folder, size=size, seed=args.seed, records=len(records))
+            results.append({**made, **settings, **scores})
             rows.append((f"{os.path.basename(os.path.normpath(folder))}, {size} px", images[:12]))
             cells = ["-" if scores.get(name) is None else f"{scores[name]:.3f}" for name in COLUMNS]
             print_row(cells, f"  {guidance:8.2g}  {interval:6}  {size:>8}  {folder}")

@@ -86,7 +86,7 @@ def test_scores_samples_every_combination_and_writes_tables_and_sheets(chain, tm
 
     def fake(model, vae, text_encoder, prompts, size, seed, **given):
         sampled.append((size, given["guidance"], given["guidance_interval"], given["upscale"]))
-        others.append((seed, given["direct"], given["renoise"]))
+        others.append((seed, given["direct"], given["renoise"], given["timestep_shift"]))
         return [blank] * len(prompts)
 
     monkeypatch.setattr(sample, "generate_all", fake)
@@ -103,11 +103,24 @@ def test_scores_samples_every_combination_and_writes_tables_and_sheets(chain, tm
     run(scores, *command, 64)
     config = t2md.load_backbone(kd).config
     assert sampled[-1] == ((64, 64), config.guidance, config.guidance_interval, 2)
-    assert others[-1] == (0, False, None)
+    assert others[-1] == (0, False, config.renoise, config.timestep_shift)
     hires2 = os.path.join(chain, "hires2")
-    run(scores, *command[:4], "--model", hires2, "--seed", 3, "--direct", "--renoise", 77)
-    assert sampled[-1][0] == (512, 512) and others[-1] == (3, True, 77)
-    assert files.read_json(tmp_path / "eval.json")[0].items() >= dict(seed=3, records=6, direct=True).items()
+    run(
+        scores,
+        *command[:4],
+        "--model",
+        hires2,
+        "--seed",
+        3,
+        "--direct",
+        "--renoise",
+        77,
+        "--timestep-shift",
+        2,
+    )
+    assert sampled[-1][0] == (512, 512) and others[-1] == (3, True, 77, 2)
+    made = dict(seed=3, records=6, direct=True, renoise=77, timestep_shift=2, upscale=1, steps=20)
+    assert made.items() <= files.read_json(tmp_path / "eval.json")[0].items()
 
 
 def test_a_sheet_has_the_rows_names_and_the_prompts_on_it():
