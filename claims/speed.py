@@ -192,9 +192,12 @@ def t5_operations():
 
 # -- times ---------------------------------------------------------------------------------------------------
 def seconds(functions, repeats, device):
-    """Call each function `repeats` times, in turn. Return for each (median, largest deviation from it), s."""
+    """Call each function `repeats` times, in turn. Return for each (median, largest deviation from it), s.
+
+    A first call of each, which may compile and tune, is not counted.
+    """
     times = [[] for _ in functions]
-    for _ in range(repeats):
+    for _ in range(1 + repeats):
         for function, taken in zip(functions, times):
             began = time.perf_counter()
             function()
@@ -202,7 +205,7 @@ def seconds(functions, repeats, device):
                 torch.cuda.synchronize()
             taken.append(time.perf_counter() - began)
     results = []
-    for taken in times:
+    for _, *taken in times:
         median = statistics.median(taken)
         results.append((median, max(abs(t - median) for t in taken)))
     return results
@@ -242,7 +245,6 @@ def time_model(args):
                 model.compile_repeated_blocks(dynamic=False)
         batch = random_batch(models[0], args.batch_size, height, width)
         steps = [functools.partial(predict, model, batch) for model in models]
-        seconds(steps, 1, args.device)  # compiles, tunes, warms up
         times = seconds(steps, args.repeats, args.device)
         attention_median, _ = times[0]
         for letters, (median, spread) in zip(patterns, times):
@@ -311,7 +313,6 @@ def time_scan(args):
         exact = t2md.ssd_recurrence(x, dt, A, B, C)
         calls = scan_calls(tokens, args, inputs)
         timed = [call for call, _ in calls.values()]
-        seconds(timed, 1, args.device)  # compiles, tunes, warms up
         times = seconds(timed, args.repeats, args.device)
         for (name, (call, chunk)), (median, spread) in zip(calls.items(), times):
             if chunk is None:
@@ -345,7 +346,6 @@ def time_step(args):
         with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             train_once(args.stage, student, teacher, batch)
 
-    seconds([step], 1, args.device)  # warms up
     ((median, spread),) = seconds([step], args.repeats, args.device)
     count = training_operations(args.stage, args.config, pattern, args.batch_size, pixels, pixels)
     print(f"{args.stage} step, {args.batch_size} images of {pixels} px: {median:.3f} +- {spread:.3f} s")

@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from unittest import mock
 
 import numpy as np
@@ -517,7 +518,13 @@ def test_a_gpus_time_ends_with_its_work(monkeypatch):
     synchronize = mock.Mock()
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     assert len(speed.seconds([lambda: None, lambda: None], 3, "cuda")) == 2
-    assert synchronize.call_count == 6
+    assert synchronize.call_count == 8
+
+
+def test_a_first_call_is_not_timed():
+    pauses = itertools.chain([0.3], itertools.repeat(0))
+    ((median, spread),) = speed.seconds([lambda: time.sleep(next(pauses))], 2, "cpu")
+    assert median + spread < 0.3
 
 
 def test_feed_times_the_path_of_a_training(tmp_path, monkeypatch, capsys):
