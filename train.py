@@ -176,7 +176,7 @@ SHAPES_SETTINGS = {
         sampler=dict(guidance_interval=561),  # the same SNR of a shape as 400 at base size
     ),
     "hires2": ShapesSettings(
-        steps=5600,
+        steps=7600,
         batch_size=128,
         sizes={4: 1.0},
         lr=2e-3,
@@ -188,6 +188,7 @@ SHAPES_SETTINGS = {
         pictures=5_000,
         sampler=dict(
             guidance_interval=699,  # again the same SNR of a shape
+            timestep_shift=3.35,  # half of the steps above 770, where a shape has the SNR of 500 at base size
             renoise=60,  # more noise, more wrong above 512 px: claims/log.md
         ),
     ),
