@@ -404,12 +404,7 @@ def parse_arguments(argv=None):
     add("--guidance-interval", type=int, metavar="T", help="timestep below which there is no guidance")
     add("--direct", action="store_true", help="sample large sizes from noise at once, as the paper does")
     add("--renoise", type=int, metavar="T", help="timestep up to which an enlarged picture is noised again")
-    add(
-        "--timestep-shift",
-        type=float,
-        metavar="S",
-        help="above 1, more of the steps at much noise, as in SD3",
-    )
+    add("--timestep-shift", type=float, metavar="S", help="above 1, more of the steps at much noise")
     add("--upscale", type=int, default=1, metavar="M", help="upsample guidance, for M times the trained size")
     add("--negative", default="", help="prompt of the unconditional branch")
     add("--out", default="samples", help="folder for the images")

@@ -211,16 +211,9 @@ def run(args):
         guidances = args.guidance or [model.config.guidance]
         intervals = args.guidance_interval or [model.config.guidance_interval]
         for size, guidance, interval in itertools.product(sizes, guidances, intervals):
-            settings = sample.sampler_settings(
-                model,
-                guidance=guidance,
-                guidance_interval=interval,
-                direct=args.direct,
-                renoise=args.renoise,
-                timestep_shift=args.timestep_shift,
-                upscale=args.upscale,
-            )
-            settings = dataclasses.asdict(settings)
+            given = dict(guidance=guidance, guidance_interval=interval, renoise=args.renoise)
+            given.update(timestep_shift=args.timestep_shift, direct=args.direct, upscale=args.upscale)
+            settings = dataclasses.asdict(sample.sampler_settings(model, **given))
             pixels = sample.parse_size(size, multiple)
             images = sample.generate_all(model, vae, text_encoder, prompts, pixels, args.seed, **settings)
             verdicts = [judge(image, record) for image, record in zip(images, records, strict=True)]

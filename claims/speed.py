@@ -312,8 +312,7 @@ def time_scan(args):
         x, dt, A, B, C = [v.double() if v.ndim == 1 else v[:, :512].double() for v in inputs]
         exact = t2md.ssd_recurrence(x, dt, A, B, C)
         calls = scan_calls(tokens, args, inputs)
-        timed = [call for call, _ in calls.values()]
-        times = seconds(timed, args.repeats, args.device)
+        times = seconds([call for call, _ in calls.values()], args.repeats, args.device)
         for (name, (call, chunk)), (median, spread) in zip(calls.items(), times):
             if chunk is None:
                 count = 4 * tokens**2 * WIDTH

@@ -106,19 +106,8 @@ def test_scores_samples_every_combination_and_writes_tables_and_sheets(chain, tm
     assert sampled[-1] == ((64, 64), config.guidance, config.guidance_interval, 2)
     assert others[-1] == (0, False, config.renoise, config.timestep_shift)
     hires2 = os.path.join(chain, "hires2")
-    run(
-        scores,
-        *command[:4],
-        "--model",
-        hires2,
-        "--seed",
-        3,
-        "--direct",
-        "--renoise",
-        77,
-        "--timestep-shift",
-        2,
-    )
+    flags = "--seed 3 --direct --renoise 77 --timestep-shift 2".split()
+    run(scores, *command[:4], "--model", hires2, *flags)
     assert sampled[-1][0] == (512, 512) and others[-1] == (3, True, 77, 2)
     made = dict(seed=3, records=6, direct=True, renoise=77, timestep_shift=2, upscale=1, steps=20)
     assert made.items() <= files.read_json(tmp_path / "eval.json")[0].items()
