@@ -8,6 +8,7 @@ No network, no GPU, no downloads. What real weights would provide is built here,
 
 import ast
 import codecs
+import concurrent.futures
 import contextlib
 import copy
 import dataclasses
@@ -66,6 +67,9 @@ from data.shapes import BACKGROUND, score_shapes
 from t2md import T2MD, VAE, DiM, Mamba2, MambaMixer, TextEncoder, ssd, ssd_recurrence
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+# One core is enough for small models, and the others have work: see `beside`.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started here
 TINY = dict(width=48, heads=2, caption_width=20, d_state=8, head_dim=16, sample_size=16, chunk_size=16)
 TINY64 = TINY | dict(caption_width=64)  # as wide as the text encoder of parts.py
 
@@ -75,6 +79,35 @@ def indexes(tmp_path_factory):
     """Indexes of data sets go into a folder of the tests' own."""
     with mock.patch.object(index, "INDEX", str(tmp_path_factory.mktemp("index"))):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def beside(request, tmp_path_factory):
+    """{name: Future of (folder, what was said, exit codes)} of what runs in processes of its own. They start
+    first, if a test asks for them, and run beside the other tests of this file: their imports take long."""
+    asked_for = {name for item in request.session.items for name in item.fixturenames}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        futures = {}
+        starts = dict(two_nodes=start_two_nodes, by_name=start_by_name, exported=start_exported)
+        for name, start in starts.items():
+            if name in asked_for:
+                futures[name] = pool.submit(start(tmp_path_factory.mktemp(name)))
+        yield futures
+
+
+@pytest.fixture
+def two_nodes(beside):
+    return beside["two_nodes"].result()
+
+
+@pytest.fixture
+def by_name(beside):
+    return beside["by_name"].result()
+
+
+@pytest.fixture
+def exported(beside):
+    return beside["exported"].result()
 
 
 def relative(a, b):
@@ -197,9 +230,12 @@ def test_students_copy_all_that_fits(tmp_path):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
+    return publish(tmp_path_factory.mktemp("published"))
+
+
+def publish(folder):
     """PixArt-alpha's repository in miniature as it is published: a learned null caption that diffusers does
     not know, a tokenizer that is a spiece.model alone, configs of an older version."""
-    folder = tmp_path_factory.mktemp("published")
     torch.manual_seed(0)
     shape = dict(num_layers=7, num_attention_heads=4, attention_head_dim=16, cross_attention_dim=64)
     transformer = shuffled(PixArtTransformer2DModel(sample_size=16, caption_channels=64, **shape))
@@ -698,8 +734,11 @@ def test_bfloat16_holds_over_4096_tokens(tmp_path):
 
 @pytest.fixture(scope="module")
 def components(tmp_path_factory):
+    return save_components(tmp_path_factory.mktemp("chain") / "parts")
+
+
+def save_components(folder):
     """A tiny VAE with a scale of its own, and a tiny T5 with tokenizer, saved in a pipeline's layout."""
-    folder = tmp_path_factory.mktemp("chain") / "parts"
     torch.manual_seed(0)
     tokenizer = parts.new_tokenizer()
     kinds = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
@@ -1089,34 +1128,47 @@ for folder, picture, steps in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3]
 """
 
 
-def test_an_exported_pipeline_gives_the_same_image_anywhere(components, tmp_path):
-    """By diffusers alone, in a folder and a process that know nothing of this repository: of a model trained
-    at 2048 px, and of one that is told the size; a caption longer than was trained is cut where ours is.
-    Timesteps that are moved up are in the line that is printed."""
-    shutil.copytree(components, tmp_path / "parts")
-    models = [tmp_path / "plain", tmp_path / "conditioned"]
-    elsewhere = tmp_path / "elsewhere"
+def start_exported(root):
+    """Let diffusers alone, in a folder and a process that know nothing of this repository, sample two
+    exports: of a model trained at 2048 px, and of one that is told the size and has its timesteps moved up.
+    """
+    save_components(root / "parts")
+    elsewhere = root / "elsewhere"
     arguments = []
-    for model, conditioned, shift in zip(models, (False, True), (1, 3)):
+    for name, conditioned, shift in (("plain", False, 1), ("conditioned", True, 3)):
         flags = dict(
             use_additional_conditions=conditioned, beta_schedule="scaled_linear", timestep_shift=shift
         )
-        save_model(model, sample_size=256, interpolation_scale=3, **flags)
-        result = call("sample.py", "--export", elsewhere / model.name, "--model", model)
+        save_model(root / name, sample_size=256, interpolation_scale=3, **flags)
+        result = call("sample.py", "--export", elsewhere / name, "--model", root / name)
         assert "height=2048, width=2048, use_resolution_binning=False" in result.stdout, result.stderr
         timesteps = re.search(r", timesteps=(\[.*?\])\)", result.stdout)
         assert (timesteps is None) == (shift == 1)
         steps = dict(timesteps=json.loads(timesteps[1])) if timesteps else dict(num_inference_steps=20)
-        arguments += [f"./{model.name}", f"{model.name}.png", json.dumps(steps)]
-    environment = os.environ | dict(PYTHONPATH="", HF_HOME=str(tmp_path / "cache"), HF_HUB_OFFLINE="1")
-    subprocess.run([sys.executable, "-c", PIPELINE, *arguments], cwd=elsewhere, env=environment, check=True)
-    for model in models:
-        (here,) = sample.load(str(model))(["a photo of a Star " * 40], (96, 128), [5], direct=True)
-        there = np.asarray(Image.open(elsewhere / f"{model.name}.png"), float)
+        arguments += [f"./{name}", f"{name}.png", json.dumps(steps)]
+    environment = os.environ | dict(PYTHONPATH="", HF_HOME=str(root / "cache"), HF_HUB_OFFLINE="1")
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=elsewhere)
+    process = subprocess.Popen([sys.executable, "-c", PIPELINE, *arguments], env=environment, **pipes)
+
+    def finish():
+        _, errors = process.communicate()
+        return root, errors, process.returncode
+
+    return finish
+
+
+def test_an_exported_pipeline_gives_the_same_image_anywhere(exported, tmp_path):
+    """As `start_exported` says; a caption longer than was trained is cut where ours is."""
+    root, errors, code = exported
+    assert code == 0, errors[-2000:]
+    for name in ("plain", "conditioned"):
+        (here,) = sample.load(str(root / name))(["a photo of a Star " * 40], (96, 128), [5], direct=True)
+        there = np.asarray(Image.open(root / "elsewhere" / f"{name}.png"), float)
         assert np.abs(there - np.asarray(here, float)).max() <= 1
-        flags = ["--model", elsewhere / model.name, "--steps", 1, "--size", 64, "--out", tmp_path]
+        flags = ["--model", root / "elsewhere" / name, "--steps", 1, "--size", 64, "--out", tmp_path]
         assert call("sample.py", "a star", *flags).returncode == 0
-    refused(call("sample.py", "--export", elsewhere / "plain", "--model", models[0]), "is not empty")
+    again = call("sample.py", "--export", root / "elsewhere" / "plain", "--model", root / "plain")
+    refused(again, "is not empty")
 
 
 def test_sample_command(checkpoint, tmp_path):
@@ -1542,7 +1594,11 @@ def make_chain():
     folder = tempfile.TemporaryDirectory()
     flags = f"--stage all --steps 2 --batch-size 2 --examples 1 --out {folder.name}"
     generate, train_part = (functools.partial(f, steps=2) for f in (sample.generate, parts.train_part))
-    with mock.patch.object(sample, "generate", generate), mock.patch.object(parts, "train_part", train_part):
+    with (
+        mock.patch.object(sample, "generate", generate),
+        mock.patch.object(parts, "train_part", train_part),
+        mock.patch.object(parts, "standardise"),  # it looks at 256 pictures
+    ):
         result = call("train.py", *flags.split())
     assert result.returncode == 0, result.stderr
     return folder
@@ -2487,34 +2543,43 @@ for stage in ("forcing", "kd", "adapt"):
 """
 
 
-def test_the_papers_stages_run_by_name(published, tmp_path):
-    """Every default of --config t2md, from a hub: PixArt's pipeline, SDXL's VAE alone, and flan-t5 as it is
-    published: with a decoder, its tokenizer beside the weights."""
-    folder, _, weights = published
-    write_weights(folder / "transformer", weights, "safetensors")
-    hub = tmp_path / "hub"
-    shutil.copytree(folder, hub / "PixArt-alpha" / "PixArt-XL-2-512x512")
-    shutil.copytree(folder / "vae", hub / "stabilityai" / "sdxl-vae")
-    vocabulary = t2md.TextEncoder(str(folder)).model.config.vocab_size
+def start_by_name(root):
+    """Run forcing, kd and adapt with every default of --config t2md, from a hub: PixArt's pipeline, SDXL's
+    VAE alone, and flan-t5 as it is published: with a decoder, its tokenizer beside the weights."""
+    hub = root / "hub"
+    pixart_folder = hub / "PixArt-alpha" / "PixArt-XL-2-512x512"
+    pixart_folder.mkdir(parents=True)
+    _, _, weights = publish(pixart_folder)
+    write_weights(pixart_folder / "transformer", weights, "safetensors")
+    shutil.copytree(pixart_folder / "vae", hub / "stabilityai" / "sdxl-vae")
+    vocabulary = t2md.TextEncoder(str(pixart_folder)).model.config.vocab_size
     shape = dict(d_model=64, d_kv=16, num_heads=4, d_ff=128, num_layers=2, feed_forward_proj="gated-gelu")
     flan = T5ForConditionalGeneration(T5Config(vocab_size=vocabulary, tie_word_embeddings=False, **shape))
     flan.save_pretrained(hub / "google" / "flan-t5-xxl")
-    for path in (folder / "tokenizer").iterdir():
+    for path in (pixart_folder / "tokenizer").iterdir():
         shutil.copy(path, hub / "google" / "flan-t5-xxl")
-    write_images(tmp_path)
-    handler = type("OfThisTest", (Hub,), dict(root=hub))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        hugging_face = dict(
-            HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HOME=str(tmp_path / "home")
-        )
-        hugging_face |= dict(HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1")
-        command = [sys.executable, "-c", BY_NAME.format(here=HERE)]
-        pipes = dict(capture_output=True, text=True, cwd=tmp_path)
-        run = subprocess.run(command, env=os.environ | hugging_face, **pipes)
+    write_images(root)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("OfThisTest", (Hub,), dict(root=hub)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hugging_face = dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HOME=str(root / "home"))
+    hugging_face |= dict(HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1")
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root)
+    command = [sys.executable, "-c", BY_NAME.format(here=HERE)]
+    process = subprocess.Popen(command, env=os.environ | hugging_face, **pipes)
+
+    def finish():
+        _, errors = process.communicate()
         server.shutdown()
-    assert run.returncode == 0, run.stderr[-2000:]
-    config = json.load(open(tmp_path / "runs" / "adapt" / "config.json"))
+        server.server_close()
+        return root / "runs", errors, process.returncode
+
+    return finish
+
+
+def test_the_papers_stages_run_by_name(by_name):
+    runs, errors, code = by_name
+    assert code == 0, errors[-2000:]
+    config = json.load(open(runs / "adapt" / "config.json"))
     assert [config["vae"], config["text_encoder"]] == ["stabilityai/sdxl-vae", "google/flan-t5-xxl"]
     assert config["pattern"] == "SHWHWHW" and config["d_state"] == 256
 
@@ -2598,12 +2663,10 @@ for command in sys.argv[1:]:
 THREE_STEPS = "--stage {stage} --steps 3 --batch-size 5 --lr 1e-3 --examples 0 --out {out}"
 
 
-@pytest.fixture(scope="module")
-def two_nodes(tmp_path_factory):
-    """What two nodes of torchrun, of one process each, leave and say that train forcing, kd, and forcing for
-    200 steps, in which one is told to stop; started as the README has it for several machines."""
+def start_two_nodes(root):
+    """Run two nodes of torchrun, of one process each, that train forcing, kd, and forcing for 200 steps, in
+    which one is told to stop; started as the README has it for several machines."""
     chain = make_chain().name
-    root = tmp_path_factory.mktemp("two")
     script = root / "train_with_adam.py"
     log = root / "stopped" / "forcing" / "log.jsonl"
     script.write_text(TWO_STAGES.format(here=HERE, index=str(root / "index")))
@@ -2616,11 +2679,15 @@ def two_nodes(tmp_path_factory):
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE)
     starts = [[sys.executable, *launch.split(), str(node), str(script), *commands] for node in range(2)]
     nodes = [subprocess.Popen(start, **pipes) for start in starts]
-    while nodes[0].poll() is None and not (log.exists() and log.read_text().count("\n") >= 2):
-        time.sleep(0.1)
-    nodes[1].terminate()
-    errors = "".join(node.communicate(timeout=120)[1] for node in nodes)
-    return root, errors, [node.returncode for node in nodes]
+
+    def finish():
+        while nodes[0].poll() is None and not (log.exists() and log.read_text().count("\n") >= 2):
+            time.sleep(0.1)
+        nodes[1].terminate()
+        errors = "".join(node.communicate(timeout=300)[1] for node in nodes)
+        return root, errors, [node.returncode for node in nodes]
+
+    return finish
 
 
 def test_two_nodes_told_to_stop_save_and_exit(two_nodes):

@@ -358,7 +358,9 @@ class PartsJob:
 def plan(args):
     """Return the job that --stage names, after the jobs that it needs. Load and train nothing."""
     config = CONFIGS[args.config]
-    places = find_places(args.out, config.shipped, args.teacher)
+    places = Places(args.out, config.shipped)
+    if args.teacher:
+        places["teacher"] = args.teacher
     stages = list(config.settings)
     if "parts" in config.shipped:
         stages.insert(0, "parts")
@@ -367,13 +369,15 @@ def plan(args):
         given = ("parts", "teacher") if args.teacher else ()
         if args.vae and args.text_encoder:
             given = (*given, "parts")
-        names = [n for n in stages if n not in given and places.get(n) != place_of(n, args.out)]
+        names = [n for n in stages if n not in given and places[n] != place_of(n, args.out)]
     elif args.stage not in stages:
         raise ValueError(f"--config {args.config} starts from {places['teacher']}, it trains no {args.stage}")
     else:
         names = [args.stage]
-        while predecessor(names[0], args.init) not in (None, *places):
-            names.insert(0, predecessor(names[0], args.init))
+        before = predecessor(args.stage, args.init)
+        while before is not None and places[before] is None:
+            names.insert(0, before)
+            before = predecessor(before, args.init)
     # 2. A record for each.
     jobs = []
     for name in names:
@@ -392,23 +396,26 @@ def place_of(name, out):
     return out if name == "parts" else os.path.join(out, name)
 
 
-def find_places(out, shipped, teacher):
-    """Return {stage or part: where its result is}: in OUT if it is finished there, else what is shipped.
+class Places(dict):
+    """{stage or part: where its result is}: in OUT if it is finished there, else what is shipped, else None.
 
-    A stage that is begun in OUT and not finished has no place yet.
+    A stage that is begun in OUT and not finished has no place yet. Each is looked for when it is asked for.
     """
-    places = dict(shipped)
-    for name in (*PARTS, *STAGES):
-        folder = os.path.join(out, name)
-        if checkpoints.finished(folder):
-            places[name] = folder
-        elif checkpoints.steps_done(folder) > 0:
-            places.pop(name, None)
-    if all(places.get(part) == os.path.join(out, part) for part in PARTS):
-        places["parts"] = out
-    if teacher:
-        places["teacher"] = teacher
-    return places
+
+    def __init__(self, out, shipped):
+        super().__init__()
+        self.out = out
+        self.shipped = shipped
+
+    def __missing__(self, name):
+        folder = place_of(name, self.out)
+        if name == "parts":
+            there = all(self[part] == place_of(part, self.out) for part in PARTS)
+            return folder if there else self.shipped.get(name)
+        done, planned = checkpoints.steps_of(folder)
+        if done >= planned:
+            return folder
+        return self.shipped.get(name) if done == 0 else None
 
 
 def predecessor(name, init):
@@ -504,9 +511,9 @@ def settings_with_flags(name, settings, flags, named, folder):
     changes = {}
     if flags["quick"] and name in ("forcing", "kd"):
         changes.update(QUICK)
-    begun = checkpoints.steps_planned(folder)
-    if begun is not None:
-        changes["steps"] = begun
+    done, planned = checkpoints.steps_of(folder)
+    if 0 < done < math.inf:
+        changes["steps"] = planned
     for key in OF_NAMED_STAGE:
         if named and flags[key] is not None:
             changes[key] = flags[key]
@@ -877,7 +884,7 @@ def train(job):
     made_with = all_made_with(job, data)
     check_beginning(job, made_with)
     files.check_made_with(job.folder, made_with)
-    done = checkpoints.steps_done(job.folder)
+    done, _ = checkpoints.steps_of(job.folder)
     if done >= settings.steps:
         print(f"{job.name}: finished, the model is in {job.folder}")
         return

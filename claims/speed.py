@@ -125,24 +125,29 @@ def by_blocks(count, pattern):
     return ends + sum(block[letter] for letter in pattern)
 
 
+@functools.cache
+def count_sampling(config, pattern, images, height, width):
+    """Count the operations of one step of a sampler, without guidance, on a model without weights."""
+    model = sampler_model(config, pattern)
+    return counted(predict, model, random_batch(model, images, height, width))
+
+
+@functools.cache
+def count_training(stage, config, pattern, images, height, width):
+    """Count the operations of a stage's loss and its gradient, on models without weights."""
+    student, teacher = training_models(stage, config, pattern)
+    batch = random_batch(student, images, height, width)
+    return counted(train_once, stage, student, teacher, batch)
+
+
 def sampling_operations(config, pattern, images, height, width):
-    """Return the operations of one step of a sampler, without guidance."""
-
-    def count(letters):
-        model = sampler_model(config, letters)
-        return counted(predict, model, random_batch(model, images, height, width))
-
-    return by_blocks(count, pattern)
+    """Return what `count_sampling` counts, of a long pattern soon."""
+    return by_blocks(lambda letters: count_sampling(config, letters, images, height, width), pattern)
 
 
 def training_operations(stage, config, pattern, images, height, width):
-    """Return the operations of a stage's loss and its gradient."""
-
-    def count(letters):
-        student, teacher = training_models(stage, config, letters)
-        return counted(train_once, stage, student, teacher, random_batch(student, images, height, width))
-
-    return by_blocks(count, pattern)
+    """Return what `count_training` counts, of a long pattern soon."""
+    return by_blocks(lambda letters: count_training(stage, config, letters, images, height, width), pattern)
 
 
 def float32_operations(stage, config, pattern, height, width):

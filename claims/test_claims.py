@@ -8,6 +8,7 @@ import functools
 import itertools
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import re
@@ -46,6 +47,16 @@ BELOW = files.contact_sheet([[SMEAR]], 64, [["a prompt"]]).height - 64  # pixels
 def in_a_folder_of_its_own(monkeypatch, tmp_path_factory):
     """What a command writes beside --out, such as indexes, goes into no folder of the project's."""
     monkeypatch.chdir(tmp_path_factory.mktemp("here"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forkserver():
+    """Imports what a process needs beside the tests of this file, so that those that are killed need not."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with mock.patch.dict(os.environ, PYTHONPATH=HERE):  # an older Python does not tell it where modules are
+        multiprocessing.forkserver.ensure_running()
+    return context
 
 
 def run(module, *arguments):
@@ -654,27 +665,26 @@ def left_behind(folder):
     return state, log, models
 
 
-def test_kills_lose_nothing(chain, tmp_path, monkeypatch):
-    """kill -9, once in the middle of a save and twice at random: bit for bit as without."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # what is killed is its work, not Python's imports
-    monkeypatch.setenv("PYTHONPATH", HERE)  # an older Python does not tell the server where modules are
+def test_kills_lose_nothing(chain, forkserver, tmp_path):
+    """kill -9, once in the middle of a save and twice at random: bit for bit as without, beside it."""
     rng = random.Random(0)
-    attempts = [
-        ("whole", None, False),
-        ("killed", None, True),
-        ("killed", rng.uniform(0.2, 3), False),
-        ("killed", rng.uniform(0.2, 3), False),
-        ("killed", None, False),
-    ]
-    codes = []
-    for out, dies_after, dies_saving in attempts:
+
+    def start(out, dies_after=None, dies_saving=False):
         inputs = (tmp_path / out, f"{chain}/teacher", dies_after, dies_saving)
-        process = context.Process(target=train_forcing, args=inputs)
+        process = forkserver.Process(target=train_forcing, args=inputs)
         process.start()
+        return process
+
+    without = start("whole")
+    codes = []
+    for dies_after, dies_saving in ((None, True), (rng.uniform(0.2, 3), False), (rng.uniform(0.2, 3), False)):
+        process = start("killed", dies_after, dies_saving)
         process.join()
         codes.append(process.exitcode)
-    assert codes == [0, -signal.SIGKILL, -signal.SIGKILL, -signal.SIGKILL, 0]
+    for process in (without, start("killed")):
+        process.join()
+        codes.append(process.exitcode)
+    assert codes == [-signal.SIGKILL, -signal.SIGKILL, -signal.SIGKILL, 0, 0]
     whole, killed = (left_behind(tmp_path / out / "forcing") for out in ("whole", "killed"))
     assert whole == killed and len(whole[1]) == 6
 

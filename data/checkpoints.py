@@ -11,27 +11,26 @@ import torch
 from data import files
 from data.files import RANK
 
+STATE = "training_state.pt"
+
+
+def steps_of(folder):
+    """Return (steps that are saved, steps that there were to be) of the stage in a folder.
+
+    Where somebody put a model by hand both are infinite; where nothing is, (0, infinity).
+    """
+    state = read_state(folder)
+    if state is not None:
+        return state["step"], state["steps"]
+    if os.path.exists(os.path.join(folder, "config.json")):
+        return math.inf, math.inf
+    return 0, math.inf
+
 
 def finished(folder):
     """Return True if `folder` holds a completely trained model."""
-    if not os.path.exists(os.path.join(folder, "config.json")):
-        return False
-    state = read_state(folder)
-    return state is None or state["step"] >= state["steps"]
-
-
-def steps_done(folder):
-    """Return how many steps of a stage are saved in its folder; infinity if a model was put there by hand."""
-    state = read_state(folder)
-    if state is not None:
-        return state["step"]
-    return math.inf if os.path.exists(os.path.join(folder, "config.json")) else 0
-
-
-def steps_planned(folder):
-    """Return how many steps a stage was to have when it was last saved; None if no step is saved."""
-    state = read_state(folder)
-    return state["steps"] if state is not None and state["step"] > 0 else None
+    done, planned = steps_of(folder)
+    return done >= planned
 
 
 def read_state(folder, check=False):
@@ -39,7 +38,7 @@ def read_state(folder, check=False):
 
     Raises ValueError if it is damaged, or gone while the model that was trained with it is there.
     """
-    path = os.path.join(folder, "training_state.pt")
+    path = os.path.join(folder, STATE)
     if not os.path.exists(path):
         if all(os.path.exists(os.path.join(folder, name)) for name in ("log.jsonl", "config.json")):
             advice = "put it back, or remove log.jsonl to use the model as it is"
@@ -79,13 +78,13 @@ def save_state(folder, model, ema, optimizers, step, steps):
 
 def begin(folder, steps):
     """Write a state without weights, unless there is a state. If it is missing later, it was lost."""
-    if read_state(folder) is None:
+    if not os.path.exists(os.path.join(folder, STATE)):
         write_state(folder, dict(step=0, steps=steps))
 
 
 def write_state(folder, state):
     """Write training_state.pt; the file before it stays until this one is whole."""
-    path = os.path.join(folder, "training_state.pt")
+    path = os.path.join(folder, STATE)
     files.write_atomically(path, lambda temporary: torch.save(state, temporary))
 
 
