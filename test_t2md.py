@@ -22,7 +22,7 @@ import os
 import pathlib
 import re
 import resource
-import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -83,12 +83,17 @@ def indexes(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def beside(request, tmp_path_factory):
-    """{name: Future of (folder, what was said, exit codes)} of what runs in processes of its own. They start
-    first, if a test asks for them, and run beside the other tests of this file: their imports take long."""
+    """{name: Future of (what it leaves, what it says, exit codes)} of what runs in processes of its own. They
+    start first, if a test asks for them, and run beside the other tests of this file: imports take long."""
+    starts = dict(
+        two_nodes=start_two_nodes,
+        by_name=start_by_name,
+        exported=start_exported,
+        readme_sample=start_readme_sample,
+    )
     asked_for = {name for item in request.session.items for name in item.fixturenames}
     with concurrent.futures.ThreadPoolExecutor() as pool:
         futures = {}
-        starts = dict(two_nodes=start_two_nodes, by_name=start_by_name, exported=start_exported)
         for name, start in starts.items():
             if name in asked_for:
                 futures[name] = pool.submit(start(tmp_path_factory.mktemp(name)))
@@ -108,6 +113,11 @@ def by_name(beside):
 @pytest.fixture
 def exported(beside):
     return beside["exported"].result()
+
+
+@pytest.fixture
+def readme_sample(beside):
+    return beside["readme_sample"].result()
 
 
 def relative(a, b):
@@ -145,17 +155,15 @@ def as_teacher(model, folder):
     return t2md.load_backbone(str(folder))
 
 
-def call(script, *arguments, anew=False):
+def call(script, *arguments):
     """The same command without a new process, whose imports take seconds; a traceback fails the test that
-    calls it. anew: the file itself is run, as Python does it, not the module, of which tests patch parts."""
+    calls it."""
     out = io.StringIO()
     err = io.StringIO()
     code = 0
     into_out = contextlib.redirect_stdout(out)
     into_err = contextlib.redirect_stderr(err)
     main = {"train.py": train, "sample.py": sample}[script].main
-    if anew:
-        main = functools.partial(runpy.run_path, os.path.join(HERE, script), run_name="__main__")
     with mock.patch.object(sys, "argv", [script, *map(str, arguments)]), into_out, into_err:
         try:
             main()
@@ -2781,12 +2789,24 @@ def test_shipped_weights_are_small_and_whole():
         assert vae.channels == 4 and text_encoder.width == 64
 
 
-def test_readme_sample_command(tmp_path):
-    prompt = "a photo of a red circle and a blue square"
-    assert f'python sample.py "{prompt}"' in open(os.path.join(HERE, "README.md")).read()
-    result = call("sample.py", prompt, "--seed", 1, "--out", str(tmp_path), anew=True)
-    assert result.returncode == 0, result.stderr
-    picture = Image.open(result.stdout.strip())
+def start_readme_sample(root):
+    """Run README's first command as it is typed there."""
+    with open(os.path.join(HERE, "README.md")) as file:
+        command = re.search(r"^python (sample.py .*?) *#", file.read(), re.M)[1]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE)
+    process = subprocess.Popen([sys.executable, *shlex.split(command), "--out", str(root)], **pipes)
+
+    def finish():
+        output, errors = process.communicate()
+        return output, errors, process.returncode
+
+    return finish
+
+
+def test_readme_sample_command(readme_sample):
+    output, errors, code = readme_sample
+    assert code == 0, errors
+    picture = Image.open(output.strip())
     circle, square = (
         {"class": c, "color": k, "count": 1} for c, k in (("circle", "red"), ("square", "blue"))
     )
