@@ -1575,6 +1575,8 @@ def test_the_papers_numbers_are_in_the_table():
     settings = train.T2MD_SETTINGS
     assert {name: settings[name].sizes for name in ("adapt", "hires1", "hires2")} == {
         "adapt": {1: 1.0}, "hires1": {2: 0.8, 1: 0.2}, "hires2": {4: 1.0}}  # fmt: skip
+    for name in ("adapt", "hires1", "hires2"):
+        assert train.SHAPES_SETTINGS[name].sizes == settings[name].sizes
     assert [settings[name].steps for name in ("adapt", "hires1", "hires2")] == [100_000, 40_000, 20_000]
     assert {s.ema for s in settings.values()} == {0.9999} and {s.batch_size for s in settings.values()} == {
         256
