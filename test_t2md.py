@@ -120,6 +120,12 @@ def readme_sample(beside):
     return beside["readme_sample"].result()
 
 
+def start_python(*arguments, **where):
+    """Start Python in a process of its own.  where: arguments of Popen, such as cwd and env."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **where)
+
+
 def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
@@ -1155,8 +1161,7 @@ def start_exported(root):
         steps = dict(timesteps=json.loads(timesteps[1])) if timesteps else dict(num_inference_steps=20)
         arguments += [f"./{name}", f"{name}.png", json.dumps(steps)]
     environment = os.environ | dict(PYTHONPATH="", HF_HOME=str(root / "cache"), HF_HUB_OFFLINE="1")
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=elsewhere)
-    process = subprocess.Popen([sys.executable, "-c", PIPELINE, *arguments], env=environment, **pipes)
+    process = start_python("-c", PIPELINE, *arguments, cwd=elsewhere, env=environment)
 
     def finish():
         _, errors = process.communicate()
@@ -2573,9 +2578,7 @@ def start_by_name(root):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     hugging_face = dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HOME=str(root / "home"))
     hugging_face |= dict(HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1")
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root)
-    command = [sys.executable, "-c", BY_NAME.format(here=HERE)]
-    process = subprocess.Popen(command, env=os.environ | hugging_face, **pipes)
+    process = start_python("-c", BY_NAME.format(here=HERE), cwd=root, env=os.environ | hugging_face)
 
     def finish():
         _, errors = process.communicate()
@@ -2686,15 +2689,13 @@ def start_two_nodes(root):
     commands += [f"--stage forcing --steps 200 --batch-size 2 --examples 0 --out {root}/stopped"]
     launch = "-m torch.distributed.run --nnodes 2 --nproc-per-node 1 --rdzv-id t2md --rdzv-backend c10d"
     launch += " --rdzv-endpoint localhost:29531 --node-rank"
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE)
-    starts = [[sys.executable, *launch.split(), str(node), str(script), *commands] for node in range(2)]
-    nodes = [subprocess.Popen(start, **pipes) for start in starts]
+    nodes = [start_python(*launch.split(), node, script, *commands, cwd=HERE) for node in range(2)]
 
     def finish():
         while nodes[0].poll() is None and not (log.exists() and log.read_text().count("\n") >= 2):
             time.sleep(0.1)
         nodes[1].terminate()
-        errors = "".join(node.communicate(timeout=300)[1] for node in nodes)
+        errors = "".join(node.communicate(timeout=120)[1] for node in nodes)
         return root, errors, [node.returncode for node in nodes]
 
     return finish
@@ -2795,8 +2796,7 @@ def start_readme_sample(root):
     """Run README's first command as it is typed there."""
     with open(os.path.join(HERE, "README.md")) as file:
         command = re.search(r"^python (sample.py .*?) *#", file.read(), re.M)[1]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE)
-    process = subprocess.Popen([sys.executable, *shlex.split(command), "--out", str(root)], **pipes)
+    process = start_python(*shlex.split(command), "--out", root, cwd=HERE)
 
     def finish():
         output, errors = process.communicate()
@@ -2806,6 +2806,8 @@ def start_readme_sample(root):
 
 
 def test_readme_sample_command(readme_sample):
+    prompt = "a photo of a red circle and a blue square"
+    assert f'python sample.py "{prompt}"' in open(os.path.join(HERE, "README.md")).read()
     output, errors, code = readme_sample
     assert code == 0, errors
     picture = Image.open(output.strip())

@@ -141,12 +141,12 @@ def count_training(stage, config, pattern, images, height, width):
 
 
 def sampling_operations(config, pattern, images, height, width):
-    """Return what `count_sampling` counts, of a long pattern soon."""
+    """Return the operations of one step of a sampler, without guidance, from counts of its letters."""
     return by_blocks(lambda letters: count_sampling(config, letters, images, height, width), pattern)
 
 
 def training_operations(stage, config, pattern, images, height, width):
-    """Return what `count_training` counts, of a long pattern soon."""
+    """Return the operations of a stage's loss and its gradient, from counts of its letters."""
     return by_blocks(lambda letters: count_training(stage, config, letters, images, height, width), pattern)
 
 
