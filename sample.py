@@ -499,8 +499,8 @@ def describe(args, settings, size, records, vae, text_encoder):
     """Return all that the pictures of a list of prompts depend on, for made_with.json."""
     made_with = dict(settings, size=size, n=args.n, seed=args.seed, dtype=args.dtype)
     made_with["model"] = files.fingerprint(args.model)
-    made_with["vae"] = files.fingerprint(vae.source)
-    made_with["text_encoder"] = files.fingerprint(text_encoder.source)
+    made_with["vae"] = files.fingerprint(vae.source, "vae")
+    made_with["text_encoder"] = files.fingerprint(text_encoder.source, "text_encoder", "tokenizer")
     made_with["prompts"] = hashlib.sha256(json.dumps(records).encode()).hexdigest()[:16]
     return made_with
 

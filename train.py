@@ -644,8 +644,9 @@ def open_data(job, networks):
     out = os.path.dirname(job.folder)
     cache = job.cache
     if job.data == "shapes" and cache is None:
-        encoders = f"{files.fingerprint(job.vae)} {files.fingerprint(job.text_encoder)}"
-        cache = os.path.join(out, files.slug(f"features {encoders}"))
+        of_vae = files.fingerprint(job.vae, "vae")
+        of_t5 = files.fingerprint(job.text_encoder, "text_encoder", "tokenizer")
+        cache = os.path.join(out, files.slug(f"features {of_vae} {of_t5}"))
     data = {}
     for m in settings.sizes:
         source = job.data
@@ -695,8 +696,8 @@ def begin_with_translation(job, networks, data):
 def all_made_with(job, data):
     """Return all that a stage's result depends on, for made_with.json: settings, models, data."""
     made_with = dict(job.made_with)
-    made_with["vae"] = files.fingerprint(job.vae)
-    made_with["text_encoder"] = files.fingerprint(job.text_encoder)
+    made_with["vae"] = files.fingerprint(job.vae, "vae")
+    made_with["text_encoder"] = files.fingerprint(job.text_encoder, "text_encoder", "tokenizer")
     made_with["starts_from"] = files.fingerprint(job.start) if job.start else None
     if job.teacher:
         made_with["teacher"] = files.fingerprint(job.teacher)
@@ -799,7 +800,7 @@ def encoded_examples(job, text_encoder, captions):
     """Return the examples' captions, encoded. They are kept with the run: a restart need not load T5."""
     path = os.path.join(job.folder, "examples.pt")
     captions = ["", *captions]
-    key = [files.fingerprint(job.text_encoder), captions]
+    key = [files.fingerprint(job.text_encoder, "text_encoder", "tokenizer"), captions]
     if os.path.exists(path):
         kept = torch.load(path, weights_only=True)
         if kept["key"] == key:

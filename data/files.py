@@ -148,20 +148,25 @@ def write_png(path, image, **text_fields):
     write_atomically(path, lambda temporary: image.save(temporary, "PNG", pnginfo=info))
 
 
-def fingerprint(path_or_repo):
+def fingerprint(path_or_repo, *parts):
     """Return a short name of a model: a repository's own, or a hash of a folder's files.
 
     Every byte of configs, tokenizer and weights counts; logs and pictures do not.
+    parts: of a pipeline's folder only these subfolders count, such as "vae". A part that has no subfolder is
+    the folder itself, as in `t2md.load_part`.
     """
     if not os.path.isdir(path_or_repo):
         return path_or_repo
+    folders = [pathlib.Path(path_or_repo, part) for part in parts]
+    folders = {folder if folder.is_dir() else pathlib.Path(path_or_repo) for folder in folders}
     endings = ("config.json", "tokenizer.json", "spiece.model", ".safetensors", ".bin")
     digest = hashlib.sha256()
-    for path in sorted(pathlib.Path(path_or_repo).rglob("*")):
-        if path.name.endswith(endings):
-            found = path.stat()
-            content = hash_of_file(path, found.st_size, found.st_mtime_ns)
-            digest.update(f"{path.relative_to(path_or_repo)} {content}".encode())
+    for folder in sorted(folders) or [pathlib.Path(path_or_repo)]:
+        for path in sorted(folder.rglob("*")):
+            if path.name.endswith(endings):
+                found = path.stat()
+                content = hash_of_file(path, found.st_size, found.st_mtime_ns)
+                digest.update(f"{path.relative_to(folder)} {content}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -255,8 +260,12 @@ def contact_sheet(rows, side, captions=None):
 def keep_freed_memory(largest=False):
     """Tell glibc to keep the memory that tensors free: giving it back costs page faults.
 
+    What is kept falls into pieces, up to 8 GiB of them at full size. Where that is too much, set glibc's own
+    MALLOC_MMAP_THRESHOLD_: then this does nothing.
     largest: also blocks over 32 MiB, which is quicker at 2048 px and takes more memory.
     """
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return
     with contextlib.suppress(AttributeError):  # another C library has no mallopt
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its highest

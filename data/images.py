@@ -192,8 +192,10 @@ class ImageData:
         self.cached = cache is not None
         if self.cached:
             files.make_folder(cache)
-            of_captions = [self.digest, files.fingerprint(text_encoder.source), text_encoder.max_length]
-            of_images = [self.digest, files.fingerprint(vae.source), pixels, multiple, float(enlarge), ratios]
+            of_t5 = files.fingerprint(text_encoder.source, "text_encoder", "tokenizer")
+            of_vae = files.fingerprint(vae.source, "vae")
+            of_captions = [self.digest, of_t5, text_encoder.max_length]
+            of_images = [self.digest, of_vae, pixels, multiple, float(enlarge), ratios]
             captions = cache_name("captions", of_captions)
             images = cache_name(f"{pixels}px", of_images)
             self.cached_captions = Packed(cache, captions, self.index.caption_count)
