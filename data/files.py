@@ -260,7 +260,7 @@ def contact_sheet(rows, side, captions=None):
 def keep_freed_memory(largest=False):
     """Tell glibc to keep the memory that tensors free: giving it back costs page faults.
 
-    What is kept falls into pieces, up to 8 GiB of them at full size. Where that is too much, set glibc's own
+    What is kept falls into pieces, 5 GiB of them at full size. Where that is too much, set glibc's own
     MALLOC_MMAP_THRESHOLD_: then this does nothing.
     largest: also blocks over 32 MiB, which is quicker at 2048 px and takes more memory.
     """
