@@ -500,7 +500,7 @@ def describe(args, settings, size, records, vae, text_encoder):
     made_with = dict(settings, size=size, n=args.n, seed=args.seed, dtype=args.dtype)
     made_with["model"] = files.fingerprint(args.model)
     made_with["vae"] = files.fingerprint(vae.source, "vae")
-    made_with["text_encoder"] = files.fingerprint(text_encoder.source, "text_encoder", "tokenizer")
+    made_with["text_encoder"] = files.fingerprint(text_encoder.source, "text_encoder")
     made_with["prompts"] = hashlib.sha256(json.dumps(records).encode()).hexdigest()[:16]
     return made_with
 

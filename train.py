@@ -645,7 +645,7 @@ def open_data(job, networks):
     cache = job.cache
     if job.data == "shapes" and cache is None:
         of_vae = files.fingerprint(job.vae, "vae")
-        of_t5 = files.fingerprint(job.text_encoder, "text_encoder", "tokenizer")
+        of_t5 = files.fingerprint(job.text_encoder, "text_encoder")
         cache = os.path.join(out, files.slug(f"features {of_vae} {of_t5}"))
     data = {}
     for m in settings.sizes:
@@ -697,7 +697,7 @@ def all_made_with(job, data):
     """Return all that a stage's result depends on, for made_with.json: settings, models, data."""
     made_with = dict(job.made_with)
     made_with["vae"] = files.fingerprint(job.vae, "vae")
-    made_with["text_encoder"] = files.fingerprint(job.text_encoder, "text_encoder", "tokenizer")
+    made_with["text_encoder"] = files.fingerprint(job.text_encoder, "text_encoder")
     made_with["starts_from"] = files.fingerprint(job.start) if job.start else None
     if job.teacher:
         made_with["teacher"] = files.fingerprint(job.teacher)
@@ -800,7 +800,7 @@ def encoded_examples(job, text_encoder, captions):
     """Return the examples' captions, encoded. They are kept with the run: a restart need not load T5."""
     path = os.path.join(job.folder, "examples.pt")
     captions = ["", *captions]
-    key = [files.fingerprint(job.text_encoder, "text_encoder", "tokenizer"), captions]
+    key = [files.fingerprint(job.text_encoder, "text_encoder"), captions]
     if os.path.exists(path):
         kept = torch.load(path, weights_only=True)
         if kept["key"] == key:

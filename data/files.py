@@ -148,20 +148,24 @@ def write_png(path, image, **text_fields):
     write_atomically(path, lambda temporary: image.save(temporary, "PNG", pnginfo=info))
 
 
-def fingerprint(path_or_repo, *parts):
+# What of a pipeline's folder belongs to a part of it; None: to all of it.
+SUBFOLDERS = {"vae": ("vae",), "text_encoder": ("text_encoder", "tokenizer"), None: (".",)}
+
+
+def fingerprint(path_or_repo, part=None):
     """Return a short name of a model: a repository's own, or a hash of a folder's files.
 
     Every byte of configs, tokenizer and weights counts; logs and pictures do not.
-    parts: of a pipeline's folder only these subfolders count, such as "vae". A part that has no subfolder is
-    the folder itself, as in `t2md.load_part`.
+    part: "vae" or "text_encoder": of a pipeline's folder only this counts. What has no subfolder there is the
+    folder itself, as in `t2md.load_part`.
     """
     if not os.path.isdir(path_or_repo):
         return path_or_repo
-    folders = [pathlib.Path(path_or_repo, part) for part in parts]
-    folders = {folder if folder.is_dir() else pathlib.Path(path_or_repo) for folder in folders}
+    root = pathlib.Path(path_or_repo)
+    folders = {root / name if (root / name).is_dir() else root for name in SUBFOLDERS[part]}
     endings = ("config.json", "tokenizer.json", "spiece.model", ".safetensors", ".bin")
     digest = hashlib.sha256()
-    for folder in sorted(folders) or [pathlib.Path(path_or_repo)]:
+    for folder in sorted(folders):
         for path in sorted(folder.rglob("*")):
             if path.name.endswith(endings):
                 found = path.stat()

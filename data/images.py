@@ -192,7 +192,7 @@ class ImageData:
         self.cached = cache is not None
         if self.cached:
             files.make_folder(cache)
-            of_t5 = files.fingerprint(text_encoder.source, "text_encoder", "tokenizer")
+            of_t5 = files.fingerprint(text_encoder.source, "text_encoder")
             of_vae = files.fingerprint(vae.source, "vae")
             of_captions = [self.digest, of_t5, text_encoder.max_length]
             of_images = [self.digest, of_vae, pixels, multiple, float(enlarge), ratios]
